@@ -1,0 +1,49 @@
+"""How many parameters a model has, without allocating one."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+
+from codet5p_jax.layers.embedding import padded_vocab_size
+
+
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+  """Logical shape of every parameter, by path.
+
+  Rows that only pad the vocabulary to a whole multiple are not counted: they
+  are no part of the model, and conversion drops them.
+  """
+  token = jnp.ones((1, 1), jnp.int32)
+  variables = jax.eval_shape(model.init, jax.random.key(0), token, token)
+  boxed = flax.traverse_util.flatten_dict(
+      variables['params'], sep='/', is_leaf=_is_boxed
+  )
+  return {
+      path: _logical_shape(leaf, model.config.vocab_size)
+      for path, leaf in boxed.items()
+  }
+
+
+def count(shapes: dict[str, tuple[int, ...]]) -> int:
+  """The number of parameters of these shapes."""
+  return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _is_boxed(path: tuple[str, ...], leaf: Any) -> bool:
+  del path
+  return isinstance(leaf, nn.Partitioned)
+
+
+def _logical_shape(
+    leaf: nn.Partitioned, vocab_size: int
+) -> tuple[int, ...]:
+  return tuple(
+      vocab_size
+      if name == 'vocab' and size == padded_vocab_size(vocab_size)
+      else size
+      for size, name in zip(leaf.value.shape, leaf.names, strict=True)
+  )

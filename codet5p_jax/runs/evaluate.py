@@ -1,0 +1,59 @@
+"""Losses of a trained model over a split."""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+
+from codet5p_jax.training.evaluation import evaluate_objectives
+from codet5p_jax.training.files import write_json, write_text
+from codet5p_jax.training.trained_model import load_trained_model
+
+
+def evaluate(
+    run_dir: str,
+    split: str = 'validation',
+    data_dir: str | None = None,
+    batch_size: int | None = None,
+    batch_count: int | None = None,
+    mesh_shape: Sequence[int] = (1, -1, 1),
+    operative_config: Callable[[], str] | None = None,
+) -> dict[str, float]:
+  """Evaluates the objectives a run was trained with, and prints the means.
+
+  Args:
+    run_dir: the run's folder; the result goes to `evaluation/<split>` in it.
+    split: of the data.
+    data_dir: by default the run's own.
+    batch_size: rows at a time; by default the run's.
+    batch_count: at most so many batches; None for the whole split.
+    mesh_shape: (replica, data, model).
+    operative_config: gives the configuration that replays this run.
+
+  Returns:
+    {"<objective>/<metric>": mean}.
+
+  Raises:
+    UserError: the run folder or the data is not what it should be.
+  """
+  trained = load_trained_model(run_dir, mesh_shape, batch_size)
+  data_dir = data_dir or trained.config['data_dir']
+  objectives = trained.train_step.config.objectives
+  values = evaluate_objectives(
+      trained.train_step,
+      trained.params,
+      trained.frozen_params,
+      {
+          o.name: o.init_state(trained.train_step.model, trained.all_params)
+          for o in objectives
+      },
+      {o.name: o.dataset(data_dir, split, trained.vocabulary) for o in objectives},
+      batch_count,
+  )
+  folder = trained.folder.path / 'evaluation' / split
+  folder.mkdir(parents=True, exist_ok=True)
+  write_json(folder / 'metrics.json', {'step': trained.step, **values})
+  if operative_config is not None:
+    write_text(folder / 'operative_config.gin', operative_config())
+  print(json.dumps({'step': trained.step, 'split': split, **values}, indent=2))
+  logging.info('Written to %s.', folder)
+  return values

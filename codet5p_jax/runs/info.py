@@ -1,0 +1,53 @@
+"""What a model is made of: parameters by part, trainable and frozen."""
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import flax.traverse_util
+import jax
+
+from codet5p_jax.planning.parameters import count, parameter_shapes
+from codet5p_jax.training.partition import partition_params
+
+
+def info(model: Any, trainable: Sequence[str] = ('.*',)) -> int:
+  """Prints a model's sizes and parameter counts; allocates nothing.
+
+  Args:
+    model: configuration of the network.
+    trainable: patterns of parameter paths that a run would train.
+
+  Returns:
+    The number of parameters.
+  """
+  # Nothing is computed, so no accelerator is claimed or waited for.
+  with jax.default_device(jax.local_devices(backend='cpu')[0]):
+    shapes = parameter_shapes(model.make_model())
+  for field in dataclasses.fields(model):
+    print(f'{field.name:34}{getattr(model, field.name)!s:>16}')
+  print()
+  _print_parts(shapes, trainable)
+  return count(shapes)
+
+
+def _print_parts(
+    shapes: dict[str, tuple[int, ...]], trainable: Sequence[str]
+) -> None:
+  nested = flax.traverse_util.unflatten_dict(shapes, sep='/')
+  selected = flax.traverse_util.flatten_dict(
+      partition_params(nested, trainable)[0], sep='/'
+  )
+  parts = collections.Counter()
+  trained = collections.Counter()
+  for path, shape in shapes.items():
+    part = path.split('/', 1)[0]
+    parts[part] += count({path: shape})
+    trained[part] += count({path: shape}) if path in selected else 0
+  print(f'{"part":34}{"parameters":>16}{"trainable":>16}{"frozen":>16}')
+  rows = [*parts, None]
+  for part in rows:
+    total = parts[part] if part else parts.total()
+    train = trained[part] if part else trained.total()
+    print(f'{part or "total":34}{total:16,}{train:16,}{total - train:16,}')

@@ -1,0 +1,226 @@
+"""Training: pre-training and fine-tuning alike."""
+
+import collections
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from codet5p_jax.data.vocabularies import Vocabulary, load_vocabulary
+from codet5p_jax.errors import UserError
+from codet5p_jax.sharding import make_mesh
+from codet5p_jax.training.batches import TrainBatches
+from codet5p_jax.training.checkpoints.fingerprint import fingerprint_tree
+from codet5p_jax.training.checkpoints.save import Checkpoints
+from codet5p_jax.training.checkpoints.weights import save_weights
+from codet5p_jax.training.evaluation import evaluate_objectives
+from codet5p_jax.training.files import write_text
+from codet5p_jax.training.logging import RunLog, check_finite, means
+from codet5p_jax.training.partition import merge_params
+from codet5p_jax.training.run_folder import open_run_folder, trim_metrics
+from codet5p_jax.training.train_step import (
+    StepConfig,
+    TrainState,
+    TrainStep,
+    make_train_step,
+)
+
+
+def train(
+    step_config: StepConfig,
+    run_dir: str,
+    data_dir: str,
+    train_steps: int,
+    vocabulary_dir: str | None = None,
+    log_every: int = 10,
+    evaluate_every: int = 1000,
+    evaluation_batch_count: int | None = 20,
+    checkpoint_every: int = 1000,
+    checkpoints_to_keep: int | None = 3,
+    operative_config: Callable[[], str] | None = None,
+) -> None:
+  """Trains a model, or goes on where a run of the same settings stopped.
+
+  Args:
+    step_config: what a step computes.
+    run_dir: the run's folder; describes itself, see training/run_folder.py.
+    data_dir: a corpus folder, or what the objectives read.
+    train_steps: updates to make, those before a stop included.
+    vocabulary_dir: the vocabulary; by default `data_dir`/vocabulary.
+    log_every: steps between rows of metrics.jsonl.
+    evaluate_every: steps between evaluations on the validation split; there is
+      one at the end in any case.
+    evaluation_batch_count: batches of an evaluation; None for the whole split.
+    checkpoint_every: steps between checkpoints; there is one at the end.
+    checkpoints_to_keep: the newest ones; None for all.
+    operative_config: gives the configuration that replays this run.
+
+  Raises:
+    UserError: the settings contradict each other, the folder or the data; or
+      a loss is not finite.
+  """
+  vocabulary = load_vocabulary(vocabulary_dir or f'{data_dir}/vocabulary')
+  _check_vocabulary(vocabulary, step_config)
+  mesh = make_mesh(step_config.mesh_shape)
+  train_step = make_train_step(step_config, mesh)
+  objectives = step_config.objectives
+  datasets = {
+      split: {o.name: o.dataset(data_dir, split, vocabulary) for o in objectives}
+      for split in ('train', 'validation')
+  }
+  identity = _identity(step_config, train_steps, vocabulary, data_dir)
+  folder = open_run_folder(run_dir, identity)
+  if not folder.vocabulary.exists():
+    vocabulary.save(folder.vocabulary)
+  if operative_config is not None:
+    write_text(folder.path / 'operative_config.gin', operative_config())
+
+  with Checkpoints(folder.checkpoints, max_to_keep=checkpoints_to_keep) as saved:
+    state, fingerprint = _first_state(train_step, saved)
+    first = int(state.step)
+    trim_metrics(folder.metrics, first)
+    if first:
+      logging.info('Going on at step %d of %d.', first, train_steps)
+    if first >= train_steps and folder.model.exists():
+      logging.info('The run in %s is complete.', folder.path)
+      return
+    logging.info('Compiling the train step.')
+    log = RunLog(folder, first, train_steps)
+    try:
+      state = _loop(
+          state,
+          _Loop(
+              train_step=train_step,
+              batches=TrainBatches(step_config, train_step, datasets['train']),
+              last=train_steps,
+              log=log,
+              log_every=log_every,
+              learning_rate=step_config.optimizer.schedule(),
+              evaluate_every=evaluate_every,
+              evaluate=lambda state: evaluate_objectives(
+                  train_step,
+                  state.params,
+                  state.frozen_params,
+                  state.objective_state,
+                  datasets['validation'],
+                  evaluation_batch_count,
+              ),
+              checkpoint_every=checkpoint_every,
+              saved=saved,
+              metadata={'frozen_fingerprint': fingerprint},
+          ),
+      )
+    finally:
+      log.close()
+  params = merge_params(state.params, state.frozen_params)
+  save_weights(folder.model, params, {'step': int(state.step)})
+  logging.info('Weights in %s.', folder.model)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+  """What the loop needs; see `train`."""
+
+  train_step: TrainStep
+  batches: TrainBatches
+  last: int
+  log: RunLog
+  log_every: int
+  learning_rate: Callable[[int], Any]
+  evaluate_every: int
+  evaluate: Callable[[TrainState], dict[str, float]]
+  checkpoint_every: int
+  saved: Checkpoints
+  metadata: dict[str, Any]
+
+
+def _loop(state: TrainState, loop: _Loop) -> TrainState:
+  """Makes the steps from the state's own to the last."""
+  first = int(state.step)
+  pending: collections.deque = collections.deque()
+
+  def settle(leave: int) -> None:
+    # Looks at metrics one step late, so that the device always has the next
+    # step at hand while the host reads those of the last.
+    while len(pending) > leave:
+      step, metrics = pending.popleft()
+      values = means(metrics)
+      check_finite(step, values)
+      loop.log.advance(values)
+      if step % loop.log_every == 0 or step == loop.last:
+        loop.log.train(
+            step,
+            values,
+            learning_rate=float(loop.learning_rate(step - 1)),
+            input_wait_seconds=round(loop.batches.seconds_waiting, 3),
+        )
+
+  for number, batch in enumerate(loop.batches.read(first, loop.last), first):
+    state, metrics = loop.train_step.step(state, batch)
+    step = number + 1
+    pending.append((step, metrics))
+    settle(leave=1)
+    loop.saved.check_for_errors()
+    is_last = step == loop.last
+    if step % loop.evaluate_every == 0 or is_last:
+      settle(leave=0)
+      loop.log.evaluation(step, loop.evaluate(state))
+    if step % loop.checkpoint_every == 0 or is_last:
+      settle(leave=0)  # Never saves a state whose loss was not seen.
+      loop.saved.save(step, state, {'step': step}, loop.metadata)
+  return state
+
+
+def _first_state(
+    train_step: TrainStep, saved: Checkpoints
+) -> tuple[TrainState, str | None]:
+  """The newest checkpoint's state, or a fresh one; and what is frozen."""
+  has_frozen = bool(jax.tree.leaves(train_step.abstract_state.frozen_params))
+  resumes = saved.latest_step() is not None
+  target = train_step.abstract_state
+  fingerprint = None
+  if has_frozen or not resumes:
+    state = train_step.init()
+    if has_frozen:
+      fingerprint = fingerprint_tree(state.frozen_params)
+      target = dataclasses.replace(target, frozen_params=state.frozen_params)
+  if resumes:
+    state, _, _ = saved.restore(None, target, frozen_fingerprint=fingerprint)
+  return state, fingerprint
+
+
+def _check_vocabulary(vocabulary: Vocabulary, config: StepConfig) -> None:
+  if vocabulary.vocab_size != config.model.vocab_size:
+    raise UserError(
+        f'expected a vocabulary of {config.model.vocab_size} tokens, as the '
+        f'model has, found one of {vocabulary.vocab_size}; choose the model or '
+        f'the vocabulary accordingly'
+    )
+
+
+def _identity(
+    config: StepConfig,
+    train_steps: int,
+    vocabulary: Vocabulary,
+    data_dir: str,
+) -> dict[str, Any]:
+  """What makes a run this run; layout on devices and memory do not."""
+  fields = (
+      'model',
+      'objectives',
+      'optimizer',
+      'batch_size',
+      'num_microbatches',
+      'trainable',
+      'seed',
+      'dtype',
+      'dropout_rate',
+  )
+  return {
+      **{field: getattr(config, field) for field in fields},
+      'train_steps': train_steps,
+      'vocabulary_fingerprint': vocabulary.fingerprint,
+      'data_dir': str(data_dir),
+  }

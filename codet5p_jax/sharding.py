@@ -1,0 +1,148 @@
+"""The device mesh, and the rules from logical axis names to mesh axes.
+
+A mesh has three axes: `replica` (whole copies, across slices), `data` (rows of
+the batch, and parameters sharded in the same direction) and `model` (heads,
+feed-forward width and vocabulary). Parameters and activations name their axes
+by meaning; one tuple of rules maps a name to mesh axes. Names of parameters
+and of activations differ (`embed`, `act_embed`), so sharding parameters over
+`data` never shards an activation by accident.
+"""
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from codet5p_jax.array_typing import Tree
+from codet5p_jax.errors import UserError
+
+MESH_AXES = ('replica', 'data', 'model')
+
+# Mesh axes over which the rows of a batch are spread.
+BATCH_AXES = ('replica', 'data')
+
+Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
+
+DEFAULT_RULES: Rules = (
+    # Parameters.
+    ('embed', 'data'),
+    ('heads', 'model'),
+    ('kv', None),
+    ('mlp', 'model'),
+    ('vocab', 'model'),
+    ('layers', None),
+    ('buckets', None),
+    ('norm', None),
+    # Activations.
+    ('batch', BATCH_AXES),
+    ('act_length', None),
+    ('act_kv_length', None),
+    ('act_embed', None),
+    ('act_heads', 'model'),
+    ('act_kv', None),
+    ('act_mlp', 'model'),
+    ('act_vocab', 'model'),
+)
+
+
+def make_mesh(
+    mesh_shape: Sequence[int], devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """Arranges devices as a (replica, data, model) mesh.
+
+  Args:
+    mesh_shape: sizes of the three axes; one of them may be -1 and takes what
+      the others leave.
+    devices: the devices, by default all that JAX sees.
+
+  Raises:
+    UserError: the shape does not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  shape = list(mesh_shape)
+  if len(shape) != 3 or shape.count(-1) > 1 or 0 in shape or min(shape) < -1:
+    raise UserError(
+        f'expected a mesh shape (replica, data, model) of positive sizes, at '
+        f'most one of them -1; found {tuple(mesh_shape)}; set MESH_SHAPE, '
+        f'for instance (1, -1, 1)'
+    )
+  if -1 in shape:
+    fixed = -math.prod(shape)
+    shape[shape.index(-1)] = max(len(devices) // fixed, 1)
+  if math.prod(shape) != len(devices):
+    raise UserError(
+        f'mesh shape {tuple(mesh_shape)} (replica, data, model) needs '
+        f'{abs(math.prod(shape))} devices or a divisor of their number, but '
+        f'there are {len(devices)}; set MESH_SHAPE so that its product is '
+        f'{len(devices)}'
+    )
+  if devices[0].platform == 'tpu':
+    # Orders the devices along the physical torus.
+    from jax.experimental import mesh_utils
+
+    grid = mesh_utils.create_device_mesh(
+        shape, devices, allow_split_physical_axes=True
+    )
+  else:
+    grid = np.asarray(devices).reshape(shape)
+  return Mesh(grid, MESH_AXES)
+
+
+def partition_spec(
+    names: Sequence[str | None], rules: Rules
+) -> PartitionSpec:
+  """Translates logical axis names; an unknown name is an error, not a copy."""
+  table = dict(rules)
+  unknown = [name for name in names if name is not None and name not in table]
+  if unknown:
+    raise ValueError(
+        f'logical axes {unknown} are in no sharding rule; known: '
+        f'{sorted(table)}'
+    )
+  return PartitionSpec(*(None if n is None else table[n] for n in names))
+
+
+def tree_shardings(names: Tree, mesh: Mesh, rules: Rules) -> Tree:
+  """Maps a tree of logical axis tuples to a tree of NamedSharding."""
+  return jax.tree.map(
+      lambda axes: NamedSharding(mesh, partition_spec(axes, rules)),
+      names,
+      is_leaf=lambda x: isinstance(x, tuple),
+  )
+
+
+def batch_axes_size(mesh: Mesh) -> int:
+  """The number of shards into which the rows of a batch are cut."""
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+_active: contextvars.ContextVar[tuple[Mesh, Rules] | None] = (
+    contextvars.ContextVar('codet5p_jax_mesh_and_rules', default=None)
+)
+
+
+@contextlib.contextmanager
+def activation_sharding(mesh: Mesh, rules: Rules) -> Iterator[None]:
+  """Within this context, `constrain` pins activations to the mesh."""
+  token = _active.set((mesh, rules))
+  try:
+    yield
+  finally:
+    _active.reset(token)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+  """Pins an activation's sharding by logical axis names, one per dimension.
+
+  Outside `activation_sharding` this checks nothing and returns `x`, so modules
+  run unsharded in notebooks and tests without ceremony.
+  """
+  if (active := _active.get()) is None:
+    return x
+  mesh, rules = active
+  sharding = NamedSharding(mesh, partition_spec(names, rules))
+  return jax.lax.with_sharding_constraint(x, sharding)

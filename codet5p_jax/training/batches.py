@@ -1,0 +1,144 @@
+"""Batches as a pure function of (seed, step).
+
+An objective's examples are shuffled anew for every pass over its split, by the
+seed; step s takes the rows from s * batch_size on. Nothing is remembered
+between steps, so resuming costs nothing and any number of hosts reads the same
+global batch, each only the rows its devices hold.
+"""
+
+import collections
+import concurrent.futures
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from codet5p_jax.training.train_step import (
+    StepBatch,
+    StepConfig,
+    TrainStep,
+    microbatch_counts,
+)
+
+
+class TrainBatches:
+  """Training batches by step, read ahead by one thread.
+
+  Attributes:
+    seconds_waiting: that the caller has waited for batches so far.
+  """
+
+  def __init__(
+      self,
+      config: StepConfig,
+      train_step: TrainStep,
+      datasets: Mapping[str, Any],
+  ):
+    """Shuffles the datasets.
+
+    Args:
+      config: gives the seed and the batch size.
+      train_step: gives the sharding of a batch.
+      datasets: {objective name: grain.MapDataset of examples}.
+    """
+    self._config = config
+    self._sharding = train_step.batch_sharding
+    self._datasets = {
+        name: dataset.seed(config.seed).shuffle().repeat()
+        for name, dataset in datasets.items()
+    }
+    self.seconds_waiting = 0.0
+
+  def at(self, step: int) -> StepBatch:
+    """The batches of a step: {objective: {feature: [micro, batch, ...]}}."""
+    config = self._config
+    result = {}
+    for name, count in microbatch_counts(config, step).items():
+      dataset = self._datasets[name]
+      first = step * config.batch_size
+      shape = (count, config.microbatch_size)
+
+      def row(micro, index, dataset=dataset, first=first):
+        return dataset[first + micro * config.microbatch_size + index]
+
+      result[name] = _global_arrays(row, shape, self._sharding)
+    return result
+
+  def read(self, first: int, last: int) -> Iterator[StepBatch]:
+    """Yields the batches of steps first to last - 1, made two steps ahead."""
+    ahead: collections.deque = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+      for step in range(first, last + 2):
+        if step < last:
+          ahead.append(pool.submit(self.at, step))
+        if step >= first + 2:
+          begin = time.monotonic()
+          batch = ahead.popleft().result()
+          self.seconds_waiting += time.monotonic() - begin
+          yield batch
+
+
+def evaluation_batches(
+    dataset: Any, batch_size: int, num_batches: int | None, train_step: TrainStep
+) -> Iterator[dict[str, jax.Array]]:
+  """Yields a split's examples once, in order, none dropped.
+
+  The last batch is filled with rows of weight 0.
+
+  Args:
+    dataset: grain.MapDataset of examples.
+    batch_size: rows of a batch.
+    num_batches: at most so many; None for all.
+    train_step: gives the sharding.
+  """
+  batches = -(-len(dataset) // batch_size)
+  if num_batches is not None:
+    batches = min(batches, num_batches)
+  for number in range(batches):
+
+    def row(_, index, number=number):
+      index += number * batch_size
+      example = dataset[min(index, len(dataset) - 1)]
+      if index >= len(dataset):
+        example = jax.tree.map(np.zeros_like, example)
+      return example
+
+    arrays = _global_arrays(row, (1, batch_size), train_step.batch_sharding)
+    yield {name: array[0] for name, array in arrays.items()}
+
+
+def _global_arrays(row, shape, sharding) -> dict[str, jax.Array]:
+  """Builds arrays [*shape, ...], reading only this host's rows, each once.
+
+  Args:
+    row: (micro-batch, index in it) to example.
+    shape: (micro-batches, rows of each).
+    sharding: of the arrays' first two axes.
+  """
+  indices = sharding.addressable_devices_indices_map(shape)
+  needed = {
+      (micro, index)
+      for slices in indices.values()
+      for micro in range(*slices[0].indices(shape[0]))
+      for index in range(*slices[1].indices(shape[1]))
+  }
+  rows = {place: row(*place) for place in sorted(needed)}
+  example = next(iter(rows.values()))
+
+  def feature(name):
+    def part(slices):
+      return np.stack([
+          np.stack([
+              rows[micro, index][name]
+              for index in range(*slices[1].indices(shape[1]))
+          ])
+          for micro in range(*slices[0].indices(shape[0]))
+      ])
+
+    return jax.make_array_from_callback(
+        (*shape, *example[name].shape), sharding, part
+    )
+
+  return {name: feature(name) for name in example}

@@ -1,0 +1,45 @@
+"""One number for a tree of parameters, whatever its layout in memory."""
+
+import hashlib
+
+import jax
+import numpy as np
+
+from codet5p_jax.array_typing import Tree
+from codet5p_jax.training.checkpoints.layout import iterate_layers
+
+# Part of what is hashed: another recipe must never give an equal fingerprint.
+_RECIPE = 'codet5p_jax fingerprint 1'
+
+
+def fingerprint_tree(tree: Tree) -> str:
+  """Returns the SHA-256 of a tree's paths, shapes, dtypes and bytes.
+
+  Scanned and unrolled layers give the same fingerprint, and so do arrays of
+  any sharding and numpy's. At most one layer of one leaf is on the host at a
+  time.
+
+  Args:
+    tree: a pytree of arrays.
+
+  Returns:
+    64 hexadecimal digits.
+
+  Raises:
+    ValueError: a leaf has parts on the devices of other processes.
+  """
+  lines = []
+  for path, array in iterate_layers(tree):
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+      raise ValueError(
+          f'{path} has parts on other processes: take the fingerprint of the '
+          f'source where one process holds it whole'
+      )
+    array = np.asarray(array)
+    # Bytes in the order of C, without a copy where that is the order already.
+    content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    digest = hashlib.sha256(content).hexdigest()
+    lines.append(f'{path} {array.dtype} {list(array.shape)} {digest}')
+  # Sorted, so that the order of leaves in memory plays no part.
+  text = '\n'.join([_RECIPE, *sorted(lines)])
+  return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,466 @@
+"""The train step: made once, for training, tests and ahead-of-time compiles.
+
+A step takes one batch per objective, cut into micro-batches, and makes one
+update from the mean loss over all their target tokens.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import flax.linen as nn
+import flax.struct
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from codet5p_jax.array_typing import PRNGKey, Scalar, Tree
+from codet5p_jax.errors import UserError
+from codet5p_jax.sharding import (
+    BATCH_AXES,
+    DEFAULT_RULES,
+    Rules,
+    activation_sharding,
+    batch_axes_size,
+    tree_shardings,
+)
+from codet5p_jax.training.partition import merge_params, partition_params
+
+# Arrays of one objective, or their shapes: {feature: [batch, ...]}.
+Batch = Mapping[str, Any]
+# {objective name: {feature: [micro-batches, batch, ...]}}.
+StepBatch = Mapping[str, Batch]
+# {name: (sum, weight)}: a mean is taken only when it is logged.
+Metrics = dict[str, tuple[Scalar, Scalar]]
+
+
+@flax.struct.dataclass
+class ObjectiveOutput:
+  """What a loss returns beside its sum.
+
+  Attributes:
+    weight: sum of the weights over which the loss is averaged.
+    metrics: {name: (sum, weight)}.
+    state: the objective's state after this batch.
+  """
+
+  weight: Scalar
+  metrics: Metrics
+  state: Tree
+
+
+class Objective(Protocol):
+  """What a batch must hold, and how it becomes a loss.
+
+  Attributes:
+    name: under which its batches, metrics and state are kept.
+    rate: how often it is drawn, relative to the other objectives.
+  """
+
+  name: str
+  rate: float
+
+  def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch, from configuration alone."""
+
+  def init_state(self, model: nn.Module, params: Tree) -> Tree:
+    """State that gradients do not train, such as a queue; often {}."""
+
+  def loss(
+      self,
+      model: nn.Module,
+      params: Tree,
+      state: Tree,
+      batch: Batch,
+      key: PRNGKey | None,
+  ) -> tuple[Scalar, ObjectiveOutput]:
+    """Returns the sum of losses; `key` is None where nothing is random."""
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything a step reads and renews.
+
+  Attributes:
+    step: updates made so far.
+    params: the trainable parameters, float32.
+    frozen_params: the others; no gradient, no optimizer slot.
+    opt_state: of the trainable parameters only.
+    objective_state: {objective name: its state}.
+  """
+
+  step: Tree
+  params: Tree
+  frozen_params: Tree
+  opt_state: Tree
+  objective_state: Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+  """All that decides what a step computes.
+
+  Attributes:
+    model: configuration of the network.
+    objectives: those trained together.
+    optimizer: see training/optimizers.py.
+    batch_size: rows of a step, over all devices and micro-batches.
+    num_microbatches: parts into which a step's rows are cut to save memory.
+    trainable: patterns of parameter paths, see `partition_params`.
+    seed: of initial weights, data order and dropout.
+    dtype: of the computation, "bfloat16" or "float32".
+    dropout_rate: paper: 0.1 in fine-tuning; 0 in pre-training.
+    remat_policy: what the backward pass computes again, see the model.
+    scan_layers: see the model.
+    mesh_shape: (replica, data, model), one of them may be -1.
+    rules: logical axis names to mesh axes.
+  """
+
+  model: Any
+  objectives: tuple[Any, ...]
+  optimizer: Any
+  batch_size: int
+  num_microbatches: int = 1
+  trainable: tuple[str, ...] = ('.*',)
+  seed: int = 0
+  dtype: str = 'bfloat16'
+  dropout_rate: float = 0.0
+  remat_policy: str = 'none'
+  scan_layers: bool = True
+  mesh_shape: tuple[int, int, int] = (1, -1, 1)
+  rules: Rules = DEFAULT_RULES
+
+  def __post_init__(self):
+    # gin gives lists where tuples are written as lists.
+    for field in ('objectives', 'trainable', 'mesh_shape'):
+      object.__setattr__(self, field, tuple(getattr(self, field)))
+    names = [objective.name for objective in self.objectives]
+    if len(set(names)) != len(names) or not names:
+      raise UserError(
+          f'expected objectives with names of their own, found {names}; mend '
+          f'OBJECTIVES'
+      )
+    if self.num_microbatches < 1 or self.batch_size % self.num_microbatches:
+      raise UserError(
+          f'expected a batch size that the number of micro-batches divides, '
+          f'found {self.batch_size} and {self.num_microbatches}; mend '
+          f'BATCH_SIZE or NUM_MICROBATCHES'
+      )
+
+  @property
+  def microbatch_size(self) -> int:
+    return self.batch_size // self.num_microbatches
+
+  def make_model(self) -> nn.Module:
+    """The network, computed the way this configuration says."""
+    try:
+      return dataclasses.replace(
+          self.model,
+          dtype=self.dtype,
+          dropout_rate=self.dropout_rate,
+          remat_policy=self.remat_policy,
+          scan_layers=self.scan_layers,
+      ).make_model()
+    except ValueError as error:
+      raise UserError(str(error)) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+  """A compiled step and what is needed to call it.
+
+  Attributes:
+    config: what it was made from.
+    mesh: the devices.
+    model: the network.
+    init: () -> TrainState, initial weights placed on the mesh.
+    step: (TrainState, StepBatch) -> (TrainState, Metrics); the state passed in
+      is consumed.
+    evaluate: (params, frozen_params, the objective's state, {feature: [batch,
+      ...]}, objective) -> Metrics, without dropout.
+    abstract_state: shapes, dtypes and shardings of the state.
+    batch_sharding: of every feature [micro-batches, batch, ...].
+    evaluation_sharding: of every feature [batch, ...] of an evaluation batch.
+  """
+
+  config: StepConfig
+  mesh: Mesh
+  model: nn.Module
+  init: Callable[[], TrainState]
+  step: Callable[[TrainState, StepBatch], tuple[TrainState, Metrics]]
+  evaluate: Callable[[Tree, Tree, Tree, Batch, Objective], Metrics]
+  abstract_state: TrainState
+  batch_sharding: NamedSharding
+  evaluation_sharding: NamedSharding
+
+
+def make_train_step(config: StepConfig, mesh: Mesh) -> TrainStep:
+  """Builds the step of a configuration on a mesh; allocates nothing.
+
+  Raises:
+    UserError: the mesh divides the batch or the model's heads unevenly.
+  """
+  _check_divisible(config, mesh)
+  model = config.make_model()
+  optimizer = config.optimizer.make()
+  objectives = {o.name: o for o in config.objectives}
+
+  def init_params():
+    variables = model.init(jax.random.key(config.seed), *_init_inputs())
+    return variables['params']
+
+  def init() -> TrainState:
+    params, frozen = partition_params(
+        nn.unbox(init_params()), config.trainable
+    )
+    everything = merge_params(params, frozen)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        frozen_params=jax.tree.map(
+            lambda x: x.astype(config.dtype), frozen
+        ),
+        opt_state=optimizer.init(params),
+        objective_state={
+            name: objective.init_state(model, everything)
+            for name, objective in objectives.items()
+        },
+    )
+
+  state_shardings = _state_shardings(init, init_params, config, mesh)
+  abstract_state = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      jax.eval_shape(init),
+      state_shardings,
+  )
+  batch_sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+  evaluation_sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+  replicated = NamedSharding(mesh, PartitionSpec())
+
+  def loss_sum(params, frozen, objective, state, batch, key):
+    return objective.loss(
+        model, merge_params(params, frozen), state, batch, key
+    )
+
+  def step(state: TrainState, batches: StepBatch):
+    with activation_sharding(mesh, config.rules):
+      grads, total, metrics, objective_state = _accumulate(
+          loss_sum, state, batches, objectives, config
+      )
+    # Means of nothing are 0, not NaN: a batch may hold no target at all.
+    grads = jax.tree.map(lambda g: g / jnp.maximum(total, 1.0), grads)
+    updates, opt_state = optimizer.update(
+        grads, state.opt_state, state.params
+    )
+    metrics['grad_norm'] = (optax.global_norm(grads), jnp.ones(()))
+    return (
+        TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            frozen_params=state.frozen_params,
+            opt_state=opt_state,
+            objective_state=objective_state,
+        ),
+        metrics,
+    )
+
+  def evaluate(params, frozen, objective_state, batch, objective):
+    with activation_sharding(mesh, config.rules):
+      loss, output = loss_sum(
+          params, frozen, objective, objective_state, batch, None
+      )
+    return {'loss': (loss, output.weight), **output.metrics}
+
+  return TrainStep(
+      config=config,
+      mesh=mesh,
+      model=model,
+      init=jax.jit(init, out_shardings=state_shardings),
+      step=jax.jit(
+          step,
+          in_shardings=(state_shardings, batch_sharding),
+          out_shardings=(state_shardings, replicated),
+          donate_argnums=0,
+      ),
+      evaluate=jax.jit(
+          evaluate,
+          in_shardings=(
+              state_shardings.params,
+              state_shardings.frozen_params,
+              replicated,
+              evaluation_sharding,
+          ),
+          out_shardings=replicated,
+          static_argnums=4,
+      ),
+      abstract_state=abstract_state,
+      batch_sharding=batch_sharding,
+      evaluation_sharding=evaluation_sharding,
+  )
+
+
+def step_batch_spec(
+    config: StepConfig, train_step: TrainStep, counts: Mapping[str, int]
+) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+  """Shapes of a step's batches, for compiling ahead of time.
+
+  Args:
+    config: of the step.
+    train_step: made from it.
+    counts: micro-batches of each objective, see `microbatch_counts`.
+  """
+  return {
+      objective.name: {
+          name: jax.ShapeDtypeStruct(
+              (counts[objective.name], *spec.shape),
+              spec.dtype,
+              sharding=train_step.batch_sharding,
+          )
+          for name, spec in objective.batch_spec(
+              config.microbatch_size
+          ).items()
+      }
+      for objective in config.objectives
+      if objective.name in counts
+  }
+
+
+def microbatch_counts(config: StepConfig, step: int) -> dict[str, int]:
+  """How many micro-batches of each objective a step holds: f(seed, step).
+
+  Systematic sampling: one random number places the step's micro-batches at
+  equal distances on a circle that the objectives share by their rates. So over
+  many steps every objective gets its share, and within a step the micro-batches
+  cycle through the objectives, each within one of its share.
+  """
+  rates = np.array([o.rate for o in config.objectives], np.float64)
+  start = np.random.default_rng((config.seed, step)).random()
+  places = (start + np.arange(config.num_microbatches)) / config.num_microbatches
+  borders = np.cumsum(rates / rates.sum())[:-1]
+  drawn = np.searchsorted(borders, places, side='right')
+  return {
+      objective.name: int(np.sum(drawn == index))
+      for index, objective in enumerate(config.objectives)
+      if index in drawn
+  }
+
+
+def _init_inputs() -> tuple[jax.Array, jax.Array]:
+  token = jnp.ones((1, 1), jnp.int32)
+  return token, token
+
+
+def _accumulate(loss_sum, state, batches, objectives, config):
+  """Sums losses and gradients over all micro-batches, in float32.
+
+  Returns:
+    (sums of gradients, sum of weights, metrics, new objective state).
+  """
+  value_and_grad = jax.value_and_grad(loss_sum, has_aux=True)
+  step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+  objective_state = dict(state.objective_state)
+  grads, total = None, jnp.zeros(())
+  metrics = {}
+  for index, (name, objective) in enumerate(objectives.items()):
+    if name not in batches:
+      continue
+    batch = batches[name]
+    objective_key = jax.random.fold_in(step_key, index)
+
+    def one(objective_state, microbatch, number):
+      key = jax.random.fold_in(objective_key, number)
+      (loss, output), grads = value_and_grad(
+          state.params,
+          state.frozen_params,
+          objective,
+          objective_state,
+          microbatch,
+          key if config.dropout_rate > 0 else None,
+      )
+      sums = {'loss': (loss, output.weight), **output.metrics}
+      return output.state, (grads, output.weight, sums)
+
+    count = jax.tree.leaves(batch)[0].shape[0]
+    if count == 1:
+      new_state, sums = one(
+          objective_state[name], jax.tree.map(lambda x: x[0], batch), 0
+      )
+    else:
+      new_state, sums = _scan_microbatches(
+          one, objective_state[name], batch, count
+      )
+    objective_state[name] = new_state
+    these, weight, objective_metrics = sums
+    grads = these if grads is None else jax.tree.map(jnp.add, grads, these)
+    total += weight
+    for key, value in objective_metrics.items():
+      metrics[f'{name}/{key}'] = value
+  return grads, total, metrics, objective_state
+
+
+def _scan_microbatches(one, objective_state, batch, count):
+  first = jax.tree.map(lambda x: x[0], batch)
+  _, sums = jax.eval_shape(one, objective_state, first, 0)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+
+  def body(carry, xs):
+    state, sums = carry
+    microbatch, number = xs
+    state, new = one(state, microbatch, number)
+    return (state, jax.tree.map(jnp.add, sums, new)), None
+
+  (state, sums), _ = jax.lax.scan(
+      body, (objective_state, zeros), (batch, jnp.arange(count))
+  )
+  return state, sums
+
+
+def _state_shardings(init, init_params, config, mesh) -> TrainState:
+  """Shardings of the state: slots are placed as their parameters are."""
+  names = nn.get_partition_spec(jax.eval_shape(init_params))
+  names = jax.tree.map(
+      tuple, names, is_leaf=lambda x: isinstance(x, PartitionSpec)
+  )
+  shardings = tree_shardings(names, mesh, config.rules)
+  params, frozen = partition_params(shardings, config.trainable)
+  replicated = NamedSharding(mesh, PartitionSpec())
+  state = jax.eval_shape(init)
+  by_path = flax.traverse_util.flatten_dict(params, sep='/')
+
+  def slot(path, leaf):
+    # An optimizer's slot carries its parameter's path at the end of its own.
+    keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
+    return by_path.get('/'.join(map(str, keys)), replicated)
+
+  return TrainState(
+      step=replicated,
+      params=params,
+      frozen_params=frozen,
+      opt_state=jax.tree_util.tree_map_with_path(slot, state.opt_state),
+      objective_state=jax.tree.map(
+          lambda _: replicated, state.objective_state
+      ),
+  )
+
+
+def _check_divisible(config: StepConfig, mesh: Mesh) -> None:
+  shards = batch_axes_size(mesh)
+  if config.microbatch_size % shards:
+    lower = config.batch_size // (shards * config.num_microbatches)
+    suggestion = max(lower, 1) * shards * config.num_microbatches
+    raise UserError(
+        f'batch size {config.batch_size} in {config.num_microbatches} '
+        f'micro-batches is not divisible by the {shards} shards of the '
+        f"mesh's replica * data axes; set BATCH_SIZE={suggestion}, or change "
+        f'MESH_SHAPE'
+    )
+  model_shards = mesh.shape['model']
+  if config.model.num_heads % model_shards:
+    raise UserError(
+        f"the mesh's model axis of {model_shards} does not divide the "
+        f"model's {config.model.num_heads} heads; set MESH_SHAPE so that it "
+        f'does'
+    )

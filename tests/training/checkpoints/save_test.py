@@ -1,0 +1,252 @@
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from codet5p_jax.errors import UserError
+from codet5p_jax.training.checkpoints import save as save_module
+from codet5p_jax.training.checkpoints.save import Checkpoints
+from codet5p_jax.training.checkpoints.verify import verify
+from codet5p_jax.training.train_step import TrainState
+
+FROZEN = {'frozen_fingerprint': 'f' * 64}
+
+
+def _save(folder, states, *steps, max_to_keep=None, **layout):
+  with Checkpoints(folder, max_to_keep=max_to_keep) as checkpoints:
+    for step in steps:
+      state = states.make(step=step, frozen=False, **layout)
+      checkpoints.save(step, state, {'row': step}, {})
+
+
+def test_frozen_parameters_are_never_saved(states, tmp_path):
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(7, states.make(), {}, FROZEN)
+    checkpoints.wait_until_finished()
+    arrays = checkpoints.metadata(7)['arrays']
+  assert not [path for path in arrays if 'head' in path]
+  assert arrays['trainable/encoder/layers_1/attention/kernel'] == {
+      'shape': [8, 4, 5],
+      'dtype': 'float32',
+  }
+  assert arrays['optimizer/1/0/count'] == {'shape': [], 'dtype': 'int32'}
+  assert arrays['objective_state/contrastive/queue']['dtype'] == 'bfloat16'
+
+
+def test_json_items_carry_their_format_version(states, tmp_path):
+  _save(tmp_path, states, 2)
+  for path in ('cursor/metadata', 'metadata/metadata', 'checksums.json'):
+    content = json.loads((tmp_path / '2' / path).read_text())
+    assert content['format_version'] == 1
+
+
+def test_only_the_newest_steps_are_kept(states, tmp_path):
+  _save(tmp_path, states, 1, 2, 3, max_to_keep=2)
+  _save(tmp_path, states, 4, max_to_keep=2)
+  assert Checkpoints(tmp_path).steps() == [3, 4]
+  for step in (3, 4):
+    verify(tmp_path / str(step))
+
+
+def test_reading_creates_nothing(tmp_path):
+  with Checkpoints(tmp_path / 'none') as checkpoints:
+    assert checkpoints.latest_step() is None
+    assert checkpoints.steps() == []
+    checkpoints.check_for_errors()
+  assert not (tmp_path / 'none').exists()
+
+
+def test_saving_runs_beside_the_training(states, tmp_path, monkeypatch):
+  may_go_on = threading.Event()
+  write_checksums = save_module.write_checksums
+
+  def wait_and_write(*args, **kwargs):
+    assert may_go_on.wait(20)
+    write_checksums(*args, **kwargs)
+
+  monkeypatch.setattr(save_module, 'write_checksums', wait_and_write)
+  state = states.make(step=1, frozen=False)
+  host = jax.tree.map(lambda x: np.array(x, copy=True), state)
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, state, {}, {})
+    checkpoints.check_for_errors()
+    assert checkpoints.latest_step() is None
+    # The next step overwrites the buffers while they are still being written.
+    spoil = jax.jit(
+        lambda tree: jax.tree.map(jnp.zeros_like, tree), donate_argnums=0
+    )
+    jax.block_until_ready(spoil(state))
+    may_go_on.set()
+    checkpoints.wait_until_finished()
+    target = states.abstract(step=1, frozen=False)
+    restored, _, _ = checkpoints.restore(1, target)
+  states.assert_identical(restored, host)
+
+
+def test_a_step_is_saved_once_and_in_order(states, tmp_path):
+  _save(tmp_path, states, 5)
+  for step in (3, 5):
+    with pytest.raises(UserError, match=f'step {step} or later, found step 5'):
+      _save(tmp_path, states, step)
+
+
+def test_contradictions_are_found_before_anything_is_written(
+    states, tmp_path
+):
+  checkpoints = Checkpoints(tmp_path / 'steps')
+  state = states.make()
+  for arguments, message in (
+      ((8, state, {}, FROZEN), 'state.step is 7'),
+      ((7, state, {}, {}), 'frozen_fingerprint if, and only if'),
+      ((7, states.make(frozen=False), {}, FROZEN), 'if, and only if'),
+      ((7, state, {'format_version': 1}, FROZEN), 'reserved key'),
+      ((7, state, {}, {**FROZEN, 'arrays': 1}), 'reserved keys'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      checkpoints.save(*arguments)
+  with pytest.raises(TypeError, match='not JSON serializable'):
+    checkpoints.save(7, state, {'row': np.int64(3)}, FROZEN)
+  with pytest.raises(UserError, match='at least 1'):
+    Checkpoints(tmp_path, max_to_keep=0)
+  with pytest.raises(UserError, match='mount'):
+    Checkpoints('gs://bucket/run')
+  assert not (tmp_path / 'steps').exists()
+
+
+def test_arrays_of_one_process_are_refused_among_several(
+    states, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  with pytest.raises(ValueError, match='over all processes at trainable/'):
+    Checkpoints(tmp_path).save(7, states.make(), {}, FROZEN)
+
+
+# Orbax leaves callbacks behind whose event loop is closed.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_a_full_disk_is_one_line_and_leaves_earlier_steps_whole(
+    states, tmp_path
+):
+  """A limit on file size is met like a full disk, and needs no mount."""
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  _save(tmp_path, states, 1, max_to_keep=1)
+  checkpoints = Checkpoints(tmp_path, max_to_keep=1)
+  state = states.make(step=2, frozen=False)
+  try:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    checkpoints.save(2, state, {}, {})
+    with pytest.raises(UserError) as raised:
+      checkpoints.close()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert str(raised.value) == (
+      f'cannot write checkpoint {tmp_path}/2: File too large; free space or '
+      f'choose another folder, then go on from step 1'
+  )
+  assert checkpoints.steps() == [1]
+  verify(tmp_path / '1')
+  # With space again, the same object saves the same step.
+  checkpoints.save(2, state, {}, {})
+  checkpoints.close()
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['2']
+  verify(tmp_path / '2')
+
+
+@pytest.mark.parametrize('late_call', ['save', 'check_for_errors', 'close'])
+def test_background_errors_surface_at_the_next_call_and_once(
+    states, tmp_path, monkeypatch, late_call
+):
+  failed = threading.Event()
+
+  def fail(*args, **kwargs):
+    failed.set()
+    raise OSError(28, 'ignored')
+
+  state = states.make(step=3, frozen=False)
+  with Checkpoints(tmp_path) as checkpoints:
+    with monkeypatch.context() as patch:
+      patch.setattr(save_module, 'write_checksums', fail)
+      checkpoints.save(3, state, {}, {})
+      assert failed.wait(20)
+      while checkpoints._manager.is_saving_in_progress():
+        pass
+    call = getattr(checkpoints, late_call)
+    arguments = (4, states.make(step=4), {}, FROZEN)
+    with pytest.raises(UserError, match='No space left.*go on from the start'):
+      call(*(arguments if late_call == 'save' else ()))
+    assert checkpoints.latest_step() is None
+    checkpoints.save(3, state, {}, {})
+  assert checkpoints.latest_step() == 3
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(states, tmp_path):
+  (tmp_path / 'file').touch()
+  checkpoints = Checkpoints(tmp_path / 'file' / 'steps')
+  with pytest.raises(UserError, match='/7: Not a directory; free space or'):
+    checkpoints.save(7, states.make(), {}, FROZEN)
+  checkpoints.close()
+
+
+def test_other_errors_are_not_disguised(states, tmp_path, monkeypatch):
+  def fail(*args, **kwargs):
+    raise RuntimeError('a mistake of ours')
+
+  monkeypatch.setattr(save_module, 'write_checksums', fail)
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(7, states.make(), {}, FROZEN)
+  with pytest.raises(RuntimeError, match='a mistake of ours'):
+    checkpoints.wait_until_finished()
+
+
+KILLED_IN_STEP_2 = """
+import sys, time
+import numpy as np
+from codet5p_jax.training.checkpoints import save
+from codet5p_jax.training.train_step import TrainState
+
+def state(step):
+  params = {'layers': {'scale': np.full((3, 5), step, np.float32)}}
+  return TrainState(np.int32(step), params, {}, {}, {})
+
+with save.Checkpoints(sys.argv[1]) as checkpoints:
+  checkpoints.save(1, state(1), {'row': 1}, {})
+  checkpoints.wait_until_finished()
+  def hang(*args, **kwargs):
+    print('arrays of step 2 are written', flush=True)
+    time.sleep(60)
+  save.write_checksums = hang
+  checkpoints.save(2, state(2), {'row': 2}, {})
+"""
+
+
+def test_a_killed_save_leaves_the_step_before(tmp_path):
+  process = subprocess.Popen(
+      [sys.executable, '-c', KILLED_IN_STEP_2, str(tmp_path)],
+      stdout=subprocess.PIPE,
+      text=True,
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+  )
+  with process:
+    line = process.stdout.readline()
+    os.kill(process.pid, signal.SIGKILL)
+  assert line == 'arrays of step 2 are written\n'
+  assert any('orbax-checkpoint-tmp' in path.name for path in tmp_path.iterdir())
+
+  def state(step):
+    params = {'layers': {'scale': jnp.full((3, 5), step, jnp.float32)}}
+    return TrainState(jnp.int32(step), params, {}, {}, {})
+
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.latest_step() == 1
+    restored, cursor, _ = checkpoints.restore(None, state(0))
+    assert (int(restored.step), cursor) == (1, {'row': 1})
+    assert restored.params['layers']['scale'].tolist() == [[1.0] * 5] * 3
+    checkpoints.save(2, state(2), {}, {})
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['1', '2']
