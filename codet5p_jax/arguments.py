@@ -173,13 +173,14 @@ def listed(names: abc.Iterable[str]) -> str:
   return ', '.join(sorted(names)) or 'none'
 
 
-def nearest(name: str, known: abc.Iterable[str]) -> str:
-  """How an error message goes on after an unknown name.
-
-  `; did you mean X?` where a known name is near, else the known names.
-  """
+def did_you_mean(name: str, known: abc.Iterable[str]) -> str:
+  """How a message goes on after an unknown name: `; did you mean X?` or ``."""
   by_lower = {candidate.lower(): candidate for candidate in known}
   near = difflib.get_close_matches(name.lower(), by_lower, n=1)
-  if near:
-    return f'; did you mean {by_lower[near[0]]}?'
-  return f'; known are {listed(by_lower.values())}'
+  return f'; did you mean {by_lower[near[0]]}?' if near else ''
+
+
+def nearest(name: str, known: abc.Iterable[str]) -> str:
+  """As did_you_mean, and the known names where none is near."""
+  known = list(known)
+  return did_you_mean(name, known) or f'; known are {listed(known)}'

@@ -31,8 +31,10 @@ Activations = Float[Array, 'batch length embed']
 Queries = Float[Array, 'batch q_length heads kv']
 Keys = Float[Array, 'batch kv_length heads kv']
 Values = Float[Array, 'batch kv_length heads kv']
-AttentionMask = Bool[Array, '#batch #heads #q_length kv_length']
-AttentionBias = Float[Array, '#batch #heads q_length kv_length']
+# Their last axes are those of the queries and keys that meet, which differ
+# between self-attention and cross-attention: the attention itself checks them.
+AttentionMask = Bool[Array, '#batch #heads _ _']
+AttentionBias = Float[Array, '#batch #heads _ _']
 
 Scalar = Float[Array, '']
 PRNGKey = Key[Array, '']

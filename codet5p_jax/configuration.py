@@ -49,10 +49,11 @@ _FIRST_LINE = 'from __gin__ import dynamic_registration'
 _names = configured_names.ConfiguredNames()
 _called: list[tuple[Callable, list[str], Collection[str]]] = []
 
-# `include` in a gin file finds its file as --gin_file does.
-gin.config.register_file_reader(
-    lambda name: open(gin_paths.locate(name), encoding='utf-8'),
-    lambda name: gin_paths.find(name) is not None)
+# `include` in a gin file finds its file as --gin_file does. gin's own readers
+# must go: one of them logs an error for every file that it does not find.
+gin.config._FILE_READERS[:] = [
+    (lambda name: open(gin_paths.locate(name), encoding='utf-8'),
+     lambda name: gin_paths.find(name) is not None)]
 # A notebook that reloads a module configures its functions anew.
 gin.enter_interactive_mode()
 

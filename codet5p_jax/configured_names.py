@@ -184,7 +184,8 @@ class ConfiguredNames:
     if macro not in known:
       raise errors.UserError(
           f'no loaded gin file has a macro {macro}'
-          f'{arguments.nearest(macro, known)}')
+          f'{arguments.did_you_mean(macro, known) or ";"} '
+          f'known are {arguments.listed(known)}')
 
   def split(self, binding: str) -> tuple[str, str, str, str]:
     """Splits what follows `--gin.` into scope, full name, parameter and value.

@@ -7,7 +7,6 @@ to `SUBCOMMANDS`.
 """
 
 import dataclasses
-import glob
 import importlib
 import importlib.util
 import inspect
@@ -15,7 +14,8 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import codet5p_jax
 from codet5p_jax import arguments
@@ -49,6 +49,8 @@ SUBCOMMANDS = {
         flags=('report',)),
     'prepare_corpus': Subcommand('make a corpus folder from source code'),
 }
+
+_WIDTH = 2 + max(map(len, SUBCOMMANDS))
 
 _GIN_HELP = """\
   --gin_file=FILE        a gin file, here or among those below; repeatable,
@@ -100,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: list[str]) -> None:
   name, *rest = argv or ['--help']
   if name in ('-h', '--help', 'help'):
-    print(_overview(), end='')
+    print(_overview())
   elif name == '--version':
     print(f'codet5p {codet5p_jax.__version__}')
   elif name not in SUBCOMMANDS:
@@ -121,52 +123,228 @@ def _asks_for_help(argv: Sequence[str]) -> bool:
 
 def _run_with_gin(name: str, argv: Sequence[str]) -> None:
   """Runs a function with what gin files, macros and flags give it."""
-  subcommand = SUBCOMMANDS[name]
   typed = _understand(argv, gin=True)
-  for flag in typed.flags:
-    if flag not in subcommand.flags:
-      known = ['gin_file', *subcommand.flags]
-      macro = f'; a macro is set by {flag}=value' if flag.isupper() else ''
-      raise errors.UserError(
-          f'{name} has no flag --{flag}{macro or _nearest_flag(flag, known)}')
-  given = _words_and_flags(name, typed)
+  _check_flags(name, typed.flags, SUBCOMMANDS[name].flags)
   for gin_file in typed.gin_files:
     gin_paths.locate(gin_file)
-  _use_cpu_where_nothing_else_is()
-  from codet5p_jax import configuration
+  words = _given_words(name, typed.words, required=True)
   function = _function(name)
-  hints = arguments.type_hints(function)
-  for flag in typed.flags:
-    given[flag] = arguments.value_for(
-        given[flag], [hints.get(flag, object)], f'--{flag}')
+  given = _converted(function, {**words, **typed.flags})
   if 'operative_config' in inspect.signature(function).parameters:
-    # A function: it is complete only once the run has built its parts.
-    given['operative_config'] = configuration.operative_config
+    given['operative_config'] = None  # Below; that it is given counts here.
+  from codet5p_jax import configuration
   configuration.load(
       typed.gin_files, typed.macros, typed.bindings, function, given)
+  if 'operative_config' in given:
+    # A function: it is complete only once the run has built its parts.
+    given['operative_config'] = configuration.operative_config
   configuration.call(function, **given)
 
 
 def _run_with_flags(name: str, argv: Sequence[str]) -> None:
   """Runs a function whose arguments are the flags."""
-  typed = _understand(argv, gin=False)
-  _use_cpu_where_nothing_else_is()
   function = _function(name)
   parameters = inspect.signature(function).parameters
   hints = arguments.type_hints(function)
-  for flag, text in typed.flags.items():
-    if flag not in parameters:
-      raise errors.UserError(
-          f'{name} has no flag --{flag}{_nearest_flag(flag, parameters)}')
-    if text is None and arguments.accepts(hints.get(flag, object), True):
-      typed.flags[flag] = 'True'
-  given = _words_and_flags(name, typed)
-  for parameter, value in given.items():
-    given[parameter] = arguments.value_for(
-        value, [hints.get(parameter, object)], f'--{parameter}')
+  switches = [n for n in parameters if arguments.accepts(hints.get(n), True)]
+  typed = _understand(argv, gin=False, switches=switches)
+  _check_flags(name, typed.flags, parameters)
+  words = _given_words(name, typed.words, required=False)
+  given = _converted(function, {**words, **typed.flags})
   missing = [f'--{parameter}' for parameter, p in parameters.items()
              if p.default is p.empty and parameter not in given]
   if missing:
     raise errors.UserError(
-        f'{name} needs {" and ".join(missing)}; give {missing[0]}=value')
+        f'{name} needs {", ".join(missing)}; give {missing[0]}=value')
   function(**given)
+
+
+def _understand(
+    argv: Sequence[str], gin: bool, switches: Collection[str] = ()
+) -> _Typed:
+  """Sorts the arguments after the subcommand.
+
+  Args:
+    argv: the arguments; all that follow `--` are words.
+    gin: whether gin files, macros and bindings are meant.
+    switches: the flags that need no value.
+
+  Raises:
+    UserError: an argument is malformed.
+  """
+  typed = _Typed([], {}, [], {}, [])
+  waiting = list(argv)
+  while waiting:
+    argument = waiting.pop(0)
+    name, equals, value = argument.partition('=')
+    if argument == '--':
+      typed.words += waiting
+      break
+    if gin and argument.startswith('--gin.'):
+      typed.bindings.append(argument.removeprefix('--gin.'))
+    elif re.match('--[a-z]', argument):
+      flag = name[2:]
+      if not equals:
+        bare = flag in switches or not waiting or waiting[0].startswith('--')
+        value = None if bare else waiting.pop(0)
+      if not (gin and flag == 'gin_file'):
+        typed.flags[flag] = value
+      elif value:
+        typed.gin_files.append(value)
+      else:
+        raise errors.UserError('--gin_file needs a file: --gin_file=FILE')
+    elif gin and equals and re.fullmatch('[A-Z][A-Z0-9_]*', name):
+      typed.macros[name] = value
+    elif re.match('-[-A-Za-z]', argument):
+      raise errors.UserError(
+          f'{argument} is no flag; flags are --words_like_this=value, and text '
+          f'that begins with - follows --')
+    else:
+      typed.words.append(argument)
+  return typed
+
+
+def _check_flags(
+    name: str, flags: Collection[str], known: Collection[str]
+) -> None:
+  for flag in flags:
+    if flag not in known:
+      named = [*known, *(['gin_file'] if SUBCOMMANDS[name].gin else [])]
+      nearest = arguments.nearest(f'--{flag}', [f'--{n}' for n in named])
+      raise errors.UserError(f'{name} has no flag --{flag}{nearest}')
+
+
+def _given_words(
+    name: str, words: Sequence[str], required: bool
+) -> dict[str, object]:
+  """The words that stand without a flag, by the parameter that takes them.
+
+  Raises:
+    UserError: too few words where they are `required`, or too many.
+  """
+  waiting, given = list(words), {}
+  expected = f'expected codet5p {name} {_usage_words(name)}'.strip()
+  for parameter in SUBCOMMANDS[name].words:
+    if parameter.endswith('...') and waiting:
+      given[parameter.removesuffix('...')] = tuple(waiting)
+      waiting = []
+    elif waiting:
+      given[parameter] = waiting.pop(0)
+    elif required:
+      raise errors.UserError(f'{expected}, found nothing after {name}')
+  if waiting:
+    raise errors.UserError(
+        f'{expected} and macros KEY=value or flags --name=value, '
+        f'found {waiting[0]}')
+  return given
+
+
+def _converted(
+    function: Callable, typed: Mapping[str, object]
+) -> dict[str, object]:
+  """What was typed, as the parameters of `function` take it."""
+  hints = arguments.type_hints(function)
+  given = {}
+  for parameter, text in typed.items():
+    hint = hints.get(parameter, object)
+    if text is None and not arguments.accepts(hint, True):
+      raise errors.UserError(
+          f'--{parameter} expects {arguments.describe(hint)}, found nothing; '
+          f'give --{parameter}=value')
+    text = True if text is None else text
+    given[parameter] = arguments.value_for(text, [hint], f'--{parameter}')
+  return given
+
+
+def _function(name: str) -> Callable:
+  """Imports the function of a subcommand."""
+  _use_cpu_where_nothing_else_is()
+  return getattr(importlib.import_module(f'codet5p_jax.runs.{name}'), name)
+
+
+def _use_cpu_where_nothing_else_is(
+    devices: pathlib.Path = pathlib.Path('/dev'),
+    pci: pathlib.Path = pathlib.Path('/sys/bus/pci/devices'),
+) -> None:
+  """Spares a machine without accelerators the search for a TPU.
+
+  Where libtpu is installed (compiling for a TPU ahead of time needs it), JAX
+  loads it to look for a TPU, and libtpu then prints errors about accelerator
+  types and worker hostnames, harmless but alarming, before JAX falls back to
+  the CPU. The user's own JAX_PLATFORMS is left as it is, and so is a machine
+  with any sign of an accelerator: a Google PCI device other than a network
+  card or a disk, or a GPU.
+
+  Args:
+    devices: the folder of device files.
+    pci: the folder of PCI devices.
+  """
+  if 'JAX_PLATFORMS' in os.environ or not importlib.util.find_spec('libtpu'):
+    return
+  accelerators = ('accel*', 'vfio/[0-9]*', 'nvidia*', 'kfd', 'dxg')
+  if any(any(devices.glob(pattern)) for pattern in accelerators):
+    return
+  for vendor in pci.glob('*/vendor'):
+    kind = (vendor.parent / 'class').read_text().strip()
+    is_google = vendor.read_text().strip() == '0x1ae0'
+    if is_google and not kind.startswith(('0x01', '0x02')):
+      return
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+
+
+def _overview() -> str:
+  lines = [f'  {name:<{_WIDTH}}{subcommand.summary}'
+           for name, subcommand in SUBCOMMANDS.items()]
+  return '\n'.join([
+      'usage: codet5p SUBCOMMAND ...', '', codet5p_jax.__doc__.strip(), '',
+      *lines, '', 'codet5p SUBCOMMAND --help says more; codet5p --version.'])
+
+
+def _usage_words(name: str) -> str:
+  return ' '.join(SUBCOMMANDS[name].words).upper()
+
+
+def _gin_help(name: str) -> str:
+  subcommand = SUBCOMMANDS[name]
+  flags = [f'[--{flag}=VALUE]' for flag in subcommand.flags]
+  files = textwrap.fill(
+      ' '.join(gin_paths.shipped()), 80, initial_indent='  ',
+      subsequent_indent='  ', break_on_hyphens=False)
+  usage = filter(None, (
+      'usage: codet5p', name, _usage_words(name), '--gin_file=FILE ...',
+      '[KEY=value ...]', *flags))
+  return '\n'.join([
+      ' '.join(usage), '', f'{name}: {subcommand.summary}.', '', _GIN_HELP,
+      'gin files that come with it; their macros are yours to set:', files])
+
+
+def _flag_help(name: str) -> str:
+  """The flags of a subcommand, from its function's signature and docstring."""
+  function = _function(name)
+  summary, _, rest = inspect.getdoc(function).partition('\n')
+  described = _described_arguments(rest)
+  hints = arguments.type_hints(function)
+  usage = filter(None, ('usage: codet5p', name, _usage_words(name),
+                        '[--flag=value ...]'))
+  lines = [' '.join(usage), '', summary, '']
+  for parameter, p in inspect.signature(function).parameters.items():
+    kind = arguments.describe(hints.get(parameter, object))
+    default = 'required' if p.default is p.empty else f'default {p.default!r}'
+    lines.append(f'  --{parameter}  ({kind}; {default})')
+    lines.append(textwrap.fill(
+        described.get(parameter, ''), 80, initial_indent=' ' * 6,
+        subsequent_indent=' ' * 6))
+  return '\n'.join(line for line in lines if line.strip() or not line)
+
+
+def _described_arguments(docstring: str) -> dict[str, str]:
+  """What a Google docstring's `Args:` says of each argument."""
+  section = re.search(r'^Args:\n((?:(?: .*)?\n?)*)', docstring, re.MULTILINE)
+  entries = re.findall(
+      r'^  (\w+): (.*(?:\n    .*)*)', section[1] if section else '',
+      re.MULTILINE)
+  return {name: ' '.join(text.split()) for name, text in entries}
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -7,4 +7,41 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = ' '.join([
     os.environ.get('XLA_FLAGS', ''),
     '--xla_force_host_platform_device_count=8',
+    # Most of a test's time is compilation: optimise less.
+    '--xla_backend_optimization_level=0',
+    '--xla_llvm_disable_expensive_passes=true',
 ]).strip()
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+
+def _random_parameters(model, seed=0):
+  """Returns parameters that hide nothing, without compiling `model.init`.
+
+  Initial weights would: all norms scale by one, queries are nearly zero, so
+  attention is uniform, and a swap of two weights may go unseen.
+  """
+  token = jnp.ones((1, 1), jnp.int32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), token, token)
+  numbers = np.random.default_rng(seed)
+
+  def draw(path, leaf):
+    name = path[-1].key
+    if name == 'scale':
+      values = numbers.uniform(0.5, 1.5, leaf.shape)
+    else:
+      deviation = {'kernel': 0.3, 'embedding': 1.0}[name]
+      values = numbers.normal(0, deviation, leaf.shape)
+    return jnp.asarray(values, leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(draw, nn.unbox(shapes['params']))
+
+
+@pytest.fixture(scope='session')
+def random_parameters():
+  """See `_random_parameters(model, seed)`."""
+  return _random_parameters

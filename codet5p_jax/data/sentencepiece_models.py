@@ -3,13 +3,12 @@
 The `sentencepiece` library is imported within the functions.
 """
 
-from collections.abc import Iterable, Iterator
 import io
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from codet5p_jax import errors
-from codet5p_jax.data import task_tokens
-from codet5p_jax.data import vocabulary_files
+from codet5p_jax.data import task_tokens, vocabulary_files
 
 META_SYMBOL = '\u2581'  # How SentencePiece writes a space.
 _CONTROLS = (

@@ -4,12 +4,12 @@ This module imports seqio, hence TensorFlow; training does not need it.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
-from codet5p_jax.data import vocabularies
 import numpy as np
 import seqio
 import tensorflow as tf
+
+from codet5p_jax.data import vocabularies
 
 
 class SeqioVocabulary(seqio.Vocabulary):
@@ -86,7 +86,7 @@ class SeqioVocabulary(seqio.Vocabulary):
     texts = tf.numpy_function(decode_rows, [ids], tf.string, stateful=False)
     return tf.ensure_shape(texts, ids.shape[:-1])
 
-  def __eq__(self, other: Any) -> bool:
+  def __eq__(self, other: object) -> bool:
     if not isinstance(other, SeqioVocabulary):
       return False
     return self.vocabulary == other.vocabulary

@@ -12,8 +12,8 @@ a small BPE in the same form gets the same layout at its own size. In our own,
 SentencePiece, training makes control pieces of these names.
 """
 
-from collections.abc import Mapping, Sequence
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 from codet5p_jax import errors
 

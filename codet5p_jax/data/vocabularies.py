@@ -14,23 +14,22 @@ is made, so that importing this module costs nothing.
 """
 
 import abc
-from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import functools
 import json
 import os
 import pathlib
 import shutil
-from typing import Any, SupportsIndex
 import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, SupportsIndex
 
-from codet5p_jax import errors
-from codet5p_jax.data import sentencepiece_models
-from codet5p_jax.data import task_tokens as task_tokens_lib
-from codet5p_jax.data import vocabulary_files
-from codet5p_jax.data import words
 import numpy as np
 import numpy.typing as npt
+
+from codet5p_jax import errors
+from codet5p_jax.data import sentencepiece_models, vocabulary_files, words
+from codet5p_jax.data import task_tokens as task_tokens_lib
 
 FORMAT_VERSION = 1
 TaskTokens = task_tokens_lib.TaskTokens
@@ -218,7 +217,7 @@ class Vocabulary(abc.ABC):
           f'{self.fingerprint[:12]}); give a new folder or remove that one'
       )
 
-  def __eq__(self, other: Any) -> bool:
+  def __eq__(self, other: object) -> bool:
     if not isinstance(other, Vocabulary):
       return NotImplemented
     return self.fingerprint == other.fingerprint

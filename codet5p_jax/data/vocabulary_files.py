@@ -5,11 +5,11 @@ one form, so that two spellings of the same vocabulary (escaped or not, with or
 without the sentinels) have one fingerprint.
 """
 
-from collections.abc import Mapping, Sequence
 import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from codet5p_jax import errors

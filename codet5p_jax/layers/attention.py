@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from codet5p_jax.array_typing import (
     AttentionBias,
@@ -19,8 +19,8 @@ from codet5p_jax.sharding import constrain
 def attention_weights(
     query: Queries,
     key: Keys,
-    bias: AttentionBias | None = None,
-    mask: AttentionMask | None = None,
+    bias: Float[Array, '#batch #heads q_length kv_length'] | None = None,
+    mask: Bool[Array, '#batch #heads #q_length kv_length'] | None = None,
 ) -> Float[Array, 'batch heads q_length kv_length']:
   """Softmax over keys, [batch, heads, q_length, kv_length] in float32.
 

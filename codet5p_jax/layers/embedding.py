@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from codet5p_jax.array_typing import Activations, Tokens
+from codet5p_jax.sharding import constrain
 
 # Tables are padded to whole multiples: a mesh axis of any power of two up to
 # this divides them, and a TPU's matrix unit is filled.
@@ -57,4 +58,9 @@ class Embed(nn.Module):
     )
 
   def __call__(self, tokens: Tokens) -> Activations:
-    return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+    # Gathered over the axes that shard its width, once: a look-up in a table
+    # cut both ways would leave every row of the batch cut in its width.
+    # Rounded only after the look-up, so that gradients of all places of a
+    # token add up in float32: in bfloat16 a sum of ones stops at 256.
+    table = constrain(self.embedding, 'act_vocab', 'act_embed')
+    return jnp.take(table, tokens, axis=0).astype(self.dtype)

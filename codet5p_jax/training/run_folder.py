@@ -15,7 +15,7 @@ import dataclasses
 import importlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +70,16 @@ class RunFolder:
 
 
 def open_run_folder(
-    path: str | os.PathLike, config: Mapping[str, Any]
+    path: str | os.PathLike,
+    config: Mapping[str, Any],
+    may_differ: Sequence[str] = (),
 ) -> RunFolder:
   """Creates a run's folder, or enters it again with the same configuration.
 
   Args:
     path: the folder; missing ones above it are created.
     config: as `describe` takes it; keys are those of config.json.
+    may_differ: see `check_config`.
 
   Raises:
     UserError: the folder cannot be written, or belongs to a run of another
@@ -89,7 +92,7 @@ def open_run_folder(
   ):
     folder.path.mkdir(parents=True, exist_ok=True)
     if folder.config.exists():
-      check_config(folder, config)
+      check_config(folder, config, may_differ)
       # Finding it unwritable now is better than at the first checkpoint.
       probe = folder.path / f'.writable.{os.getpid()}'
       probe.touch()
@@ -108,14 +111,27 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
   return read_json(RunFolder(local_path(path)).config)
 
 
-def check_config(folder: RunFolder, config: Mapping[str, Any]) -> None:
+def check_config(
+    folder: RunFolder, config: Mapping[str, Any], may_differ: Sequence[str] = ()
+) -> None:
   """Compares a run folder's configuration with the one given.
+
+  Args:
+    folder: has a config.json.
+    config: as `describe` takes it.
+    may_differ: fields that a run may go on with changed, such as
+      `step.mesh_shape`, with all inside them. The folder keeps its own.
 
   Raises:
     UserError: they differ; one line with each field, what was given
       (expected) and what the folder has (found).
   """
-  differences = _differences('', describe(config), read_json(folder.config))
+  found = read_json(folder.config)
+  differences = [
+      f'{path}: {words}'
+      for path, words in _differences('', describe(config), found)
+      if not any(f'{path}.'.startswith((f'{x}.', f'{x}[')) for x in may_differ)
+  ]
   if differences:
     raise UserError(
         f'run folder {folder.path} has another configuration: '
@@ -272,8 +288,10 @@ def _find_class(name: str) -> type | None:
   return kind if is_ours else None
 
 
-def _differences(path: str, expected: Any, found: Any) -> list[str]:
-  """Names each field in which two descriptions differ."""
+def _differences(
+    path: str, expected: Any, found: Any
+) -> list[tuple[str, str]]:
+  """Returns (path, "expected ..., found ...") of each field that differs."""
   if isinstance(expected, dict) and isinstance(found, dict):
     differences = []
     for key in [*expected, *(key for key in found if key not in expected)]:
@@ -281,10 +299,10 @@ def _differences(path: str, expected: Any, found: Any) -> list[str]:
       inner = path if key == 'fields' else f'{path}.{key}' if path else key
       if key not in found:
         shown = _shown(expected[key])
-        differences.append(f'{inner}: expected {shown}, found none')
+        differences.append((inner, f'expected {shown}, found none'))
       elif key not in expected:
         shown = _shown(found[key])
-        differences.append(f'{inner}: expected none, found {shown}')
+        differences.append((inner, f'expected none, found {shown}'))
       else:
         differences += _differences(inner, expected[key], found[key])
     return differences
@@ -299,7 +317,7 @@ def _differences(path: str, expected: Any, found: Any) -> list[str]:
       found, bool
   ):
     return []
-  return [f'{path}: expected {_shown(expected)}, found {_shown(found)}']
+  return [(path, f'expected {_shown(expected)}, found {_shown(found)}')]
 
 
 def _shown(value: Any) -> str:

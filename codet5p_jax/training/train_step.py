@@ -255,7 +255,7 @@ def make_train_step(config: StepConfig, mesh: Mesh) -> TrainStep:
     updates, opt_state = optimizer.update(
         grads, state.opt_state, state.params
     )
-    metrics['grad_norm'] = (optax.global_norm(grads), jnp.ones(()))
+    metrics['grad_norm'] = (optax.tree.norm(grads), jnp.ones(()))
     return (
         TrainState(
             step=state.step + 1,

@@ -2,9 +2,10 @@
 
 import io
 
+import pytest
+
 from codet5p_jax import errors
 from codet5p_jax.data import sentencepiece_models
-import pytest
 
 
 @pytest.fixture(scope='module')

@@ -5,11 +5,10 @@ import pickle
 
 import numpy as np
 import pytest
+import seqio
+import tensorflow as tf
 
-seqio = pytest.importorskip('seqio')
-tf = pytest.importorskip('tensorflow')
-
-from codet5p_jax.data import seqio_vocabularies  # noqa: E402
+from codet5p_jax.data import seqio_vocabularies
 
 KINDS = ['codet5', 'codet5_bimodal', 'codegen', 'sentencepiece']
 TEXT = 'def f(x):\n\treturn "<s> \u00e9\u6f22 </s>"'

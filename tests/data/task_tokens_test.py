@@ -1,8 +1,9 @@
 """Tests of the ids by role."""
 
+import pytest
+
 from codet5p_jax import errors
 from codet5p_jax.data import task_tokens
-import pytest
 
 CODET5_PIECES = ['<pad>', '<s>', '</s>', '<unk>', '<mask>'] + [
     f'piece{i}' for i in range(31_995)

@@ -2,9 +2,10 @@
 
 import re
 
+import pytest
+
 from codet5p_jax import errors
 from codet5p_jax.data import vocabulary_files
-import pytest
 
 ALPHABET = [
     chr(byte)

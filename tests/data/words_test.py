@@ -3,10 +3,11 @@
 import re
 import sys
 
-from codet5p_jax.data import words
 import hypothesis
-from hypothesis import strategies as st
 import numpy as np
+from hypothesis import strategies as st
+
+from codet5p_jax.data import words
 
 
 def slow_word_starts_by_byte(text):

@@ -152,6 +152,15 @@ def test_every_differing_field_is_named_with_both_values(tmp_path):
   )
 
 
+def test_fields_that_may_differ_are_passed_over(tmp_path):
+  folder = open_run_folder(tmp_path, {'model': Model(3, 0.1), 'mesh': (1, 8)})
+  other = {'model': Model(3, 0.2), 'mesh': (1, 4)}
+  open_run_folder(tmp_path, other, may_differ=('model.dropout_rate', 'mesh'))
+  assert rebuild(read_config(folder.path))['mesh'] == (1, 8)
+  with pytest.raises(UserError, match='model.dropout_rate: expected 0.2'):
+    open_run_folder(tmp_path, other, may_differ=('model.dropout', 'mesh'))
+
+
 def test_a_tuple_of_another_length_differs_as_a_whole(tmp_path):
   folder = open_run_folder(tmp_path, {'shape': (1, 2)})
   with pytest.raises(UserError, match=r'shape: expected \[1\], found \[1, 2\]'):

@@ -1,0 +1,79 @@
+# `make pretrain` trains a small model on this machine; `make test` runs the
+# tests. Both install what they need into .venv first.
+# PYTHON=python3.12 make ... chooses the interpreter.
+
+SHELL := /bin/bash
+
+# An environment that exists is kept unless another interpreter is named.
+PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
+VERSION := $(shell $(PYTHON) -c \
+  'import sys; print("%d.%d" % sys.version_info[:2])')
+PIP := .venv/bin/pip --disable-pip-version-check install --quiet \
+  --constraint constraints.txt
+CODET5P := .venv/bin/codet5p
+
+RUN_DIR ?= runs/pretrain
+CORPUS_DIR ?= runs/corpus
+TRAIN_STEPS ?= 300
+
+# Without compiled modules, importing TensorFlow takes three times as long.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: pretrain test lint install precompile-all benchmark clean
+
+pretrain: .venv/installed-$(VERSION)
+	$(CODET5P) prepare_corpus --corpus_dir=$(CORPUS_DIR)
+	$(CODET5P) train --gin_file=models/tiny.gin \
+	  --gin_file=objectives/causal_lm.gin --gin_file=runs/pretrain.gin \
+	  DATA_DIR=$(CORPUS_DIR) RUN_DIR=$(RUN_DIR) TRAIN_STEPS=$(TRAIN_STEPS) \
+	  TARGET_LENGTH=256 BATCH_SIZE=16 LEARNING_RATE=2e-3 WARMUP_STEPS=30 \
+	  DTYPE=float32 REMAT_POLICY=none EVALUATE_EVERY=100 CHECKPOINT_EVERY=100
+	$(CODET5P) evaluate --gin_file=runs/evaluate.gin RUN_DIR=$(RUN_DIR) \
+	  SPLIT=test
+	$(CODET5P) generate --gin_file=runs/generate.gin RUN_DIR=$(RUN_DIR) \
+	  $$'def heappush(heap, item):\n    """Push item onto heap."""\n' \
+	  $$'class OrderedDict(dict):\n    def __init__(self' \
+	  $$'import os\nimport sys\n'
+
+test: .venv/tests-installed-$(VERSION)
+	JAX_PLATFORMS=cpu .venv/bin/python -m pytest --cov --cov-report=term \
+	  --cov-fail-under=90
+	.venv/bin/lint-imports
+
+lint: .venv/tests-installed-$(VERSION)
+	.venv/bin/flake8
+	.venv/bin/lint-imports
+
+# Every shipped step for the TPU topologies it is meant for; no TPU needed.
+precompile-all: .venv/tests-installed-$(VERSION)
+	for model in t5_60m t5_220m t5_770m; do \
+	  for topology in v5e:1x1 v5e:4x4 v6e:1x1 v5p:2x2x1; do \
+	    JAX_PLATFORMS=cpu $(CODET5P) precompile \
+	      --gin_file=models/$$model.gin --gin_file=runs/finetune.gin \
+	      TOPOLOGY=$$topology BATCH_SIZE=16 || exit 1; \
+	  done; \
+	done
+
+benchmark: .venv/tests-installed-$(VERSION)
+	JAX_PLATFORMS=cpu .venv/bin/python benchmarks/train_step.py
+
+install: .venv/installed-$(VERSION)
+
+.venv/installed-$(VERSION): setup.cfg constraints.txt
+	if [ "$$(.venv/bin/python -c 'import sys; print("%d.%d" % \
+	    sys.version_info[:2])' 2>/dev/null)" != $(VERSION) ]; then \
+	  rm -rf .venv && $(PYTHON) -m venv .venv; \
+	fi
+	$(PIP) --editable .
+	touch $@
+
+.venv/tests-installed-$(VERSION): .venv/installed-$(VERSION)
+	$(PIP) --editable '.[test]'
+	# The parity tests compare with PyTorch. Its ordinary Linux wheel brings
+	# gigabytes of CUDA, so only a CPU wheel is taken; without it they skip.
+	$(PIP) 'torch==2.13.0+cpu' 2>/dev/null || \
+	  echo 'No CPU wheel of torch at hand: the parity tests will skip.'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .coverage*

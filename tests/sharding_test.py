@@ -1,0 +1,157 @@
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from codet5p_jax import sharding
+from codet5p_jax.errors import UserError
+from codet5p_jax.losses import cross_entropy
+from codet5p_jax.models.t5 import T5Config
+from codet5p_jax.sharding import DEFAULT_RULES
+
+MODELS = {
+    '220m': T5Config(32100, 768, 12, 64, 3072, 12, 12),
+    '770m': T5Config(32100, 1024, 16, 64, 4096, 24, 24),
+}
+MODELS['unrolled'] = dataclasses.replace(
+    MODELS['220m'], num_decoder_layers=2, scan_layers=False
+)
+
+
+def eight_devices():
+  return jax.devices()[:8]
+
+
+@pytest.mark.parametrize(
+    ('shape', 'expected'),
+    [
+        ((1, 4, 2), (1, 4, 2)),
+        ((1, -1, 2), (1, 4, 2)),
+        ([-1, 2, 1], (4, 2, 1)),
+        ((2, 4, -1), (2, 4, 1)),
+    ],
+)
+def test_meshes_hold_each_device_once_in_order(shape, expected):
+  mesh = sharding.make_mesh(shape, eight_devices())
+  assert dict(mesh.shape) == dict(
+      zip(('replica', 'data', 'model'), expected, strict=True)
+  )
+  assert mesh.devices.ravel().tolist() == eight_devices()
+  assert sharding.batch_axes_size(mesh) == expected[0] * expected[1]
+
+
+@pytest.mark.parametrize(
+    'shape', [(8,), (1, 2, 2, 2), (-1, -1, 2), (0, 4, 2), (1, -2, -4), ()]
+)
+def test_shapes_that_are_no_mesh_are_refused(shape):
+  with pytest.raises(UserError) as error:
+    sharding.make_mesh(shape, eight_devices())
+  message = str(error.value)
+  assert 'expected a mesh shape (replica, data, model)' in message
+  assert f'found {shape}; set MESH_SHAPE' in message
+  assert '\n' not in message
+
+
+@pytest.mark.parametrize(
+    'shape', [(1, 4, 1), (2, 4, 2), (1, -1, 3), (3, 3, -1)]
+)
+def test_shapes_that_do_not_use_every_device_once_are_refused(shape):
+  with pytest.raises(UserError) as error:
+    sharding.make_mesh(shape, eight_devices())
+  message = str(error.value)
+  assert f'mesh shape {shape} (replica, data, model) needs' in message
+  assert 'there are 8; set MESH_SHAPE so that its product is 8' in message
+  assert '\n' not in message
+
+
+def test_an_unknown_logical_axis_is_an_error_and_not_a_copy():
+  with pytest.raises(ValueError, match=r"\['wings'\] are in no sharding rule"):
+    sharding.partition_spec(('embed', 'wings'), DEFAULT_RULES)
+  assert sharding.partition_spec(
+      ('batch', None, 'act_heads'), DEFAULT_RULES
+  ) == PartitionSpec(('replica', 'data'), None, 'model')
+
+
+def test_activations_are_pinned_only_inside_the_context():
+  x = jnp.zeros((8, 6))
+  mesh = sharding.make_mesh((1, 4, 2), eight_devices())
+
+  @jax.jit
+  def pinned():
+    return sharding.constrain(jnp.ones((8, 6)), 'batch', 'act_mlp')
+
+  assert sharding.constrain(x, 'no', 'names') is x
+  with sharding.activation_sharding(mesh, DEFAULT_RULES):
+    with pytest.raises(ValueError, match='no sharding rule'):
+      sharding.constrain(x, 'batch', 'wings')
+    found = pinned()
+  assert sharding.constrain(x, 'no', 'names') is x
+  assert found.sharding.shard_shape(found.shape) == (2, 3)
+
+
+def abstract_parameters(config):
+  token = jnp.ones((1, 1), jnp.int32)
+  model = config.make_model()
+  return jax.eval_shape(model.init, jax.random.key(0), token, token)['params']
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_rules_cut_every_parameter_over_a_mesh(name):
+  """Each axis has a name, each name a rule, and no axis is cut unevenly."""
+  boxed = abstract_parameters(MODELS[name])
+  names = jax.tree.map(tuple, nn.get_partition_spec(boxed))
+  mesh = sharding.make_mesh((1, 4, 2), eight_devices())
+  shardings = sharding.tree_shardings(names, mesh, DEFAULT_RULES)
+  leaves = zip(
+      jax.tree.leaves(nn.unbox(boxed)),
+      jax.tree.leaves(names, is_leaf=lambda x: isinstance(x, tuple)),
+      jax.tree.leaves(shardings),
+      strict=True,
+  )
+  for leaf, axes, leaf_sharding in leaves:
+    assert None not in axes and len(axes) == leaf.ndim
+    rules = dict(DEFAULT_RULES)
+    sizes = [mesh.shape.get(rules[axis], 1) for axis in axes]
+    cut = leaf_sharding.shard_shape(leaf.shape)
+    assert cut == tuple(np.divide(leaf.shape, sizes))
+    # Whatever is large lies on all devices, and on none of them twice.
+    assert np.prod(sizes) == mesh.size or np.prod(leaf.shape) < 100_000
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_every_pinned_activation_has_rules(name, monkeypatch):
+  """Traces model and loss on a mesh, where a name without rule raises."""
+  config = dataclasses.replace(MODELS[name], remat_policy='dots')
+  params = nn.unbox(abstract_parameters(config))
+  mesh = sharding.make_mesh((2, 2, 2), eight_devices())
+  source, target = jnp.ones((4, 6), jnp.int32), jnp.ones((4, 5), jnp.int32)
+  seen = []
+  constraint = jax.lax.with_sharding_constraint
+  monkeypatch.setattr(
+      jax.lax,
+      'with_sharding_constraint',
+      lambda x, s: seen.append((x.ndim, s.spec)) or constraint(x, s),
+  )
+
+  def loss(params):
+    model = config.make_model()
+    hidden = model.apply({'params': params}, source, target)
+    head = model.apply({'params': params}, method='output_head')
+    weights = jnp.ones(target.shape)
+    return cross_entropy(hidden, head, target, weights, 3, config.dtype)[0]
+
+  with sharding.activation_sharding(mesh, DEFAULT_RULES):
+    jax.eval_shape(jax.grad(loss), params)
+  # Rows over the batch axes; heads, feed-forward width, vocabulary over model.
+  batch = ('replica', 'data')
+  assert {
+      (4, PartitionSpec(batch, None, 'model', None)),
+      (3, PartitionSpec(batch, None, 'model')),
+      (3, PartitionSpec(batch, None, None)),
+      (2, PartitionSpec(batch, 'model')),
+      (2, PartitionSpec('model', None)),  # The table that is looked up.
+  } == set(seen)

@@ -1,0 +1,61 @@
+"""A model and batches so small that a step takes milliseconds."""
+
+import jax
+import numpy as np
+
+from codet5p_jax.models.t5 import T5Config
+from codet5p_jax.objectives.causal_lm import CausalLM
+from codet5p_jax.objectives.sequence_to_sequence import SequenceToSequence
+from codet5p_jax.training.train_step import StepConfig
+
+# Heads and batch divide by 8; no two axes have the same size.
+MODEL = T5Config(
+    vocab_size=131,
+    emb_dim=24,
+    num_heads=8,
+    head_dim=4,
+    mlp_dim=40,
+    num_encoder_layers=2,
+    num_decoder_layers=3,
+)
+PAIRS = SequenceToSequence(source_length=11, target_length=9, loss_tile_length=4)
+ROWS = CausalLM(target_length=14)
+
+
+def step_config(optimizer, **changes) -> StepConfig:
+  fields = {
+      'model': MODEL,
+      'objectives': (PAIRS,),
+      'optimizer': optimizer,
+      'batch_size': 16,
+      'dtype': 'float32',
+      'seed': 3,
+      **changes,
+  }
+  return StepConfig(**fields)
+
+
+def batch(config: StepConfig, seed: int, objective=PAIRS):
+  """Random rows, each of its own length: {feature: [micro, batch, ...]}."""
+  rng = np.random.default_rng(seed)
+  shape = (config.num_microbatches, config.microbatch_size)
+  spec = objective.batch_spec(config.microbatch_size)
+  source_length = spec['encoder_input_tokens'].shape[1]
+  target_length = spec['decoder_target_tokens'].shape[1]
+
+  def tokens(length):
+    rows = rng.integers(3, MODEL.vocab_size, (config.batch_size, length))
+    lengths = rng.integers(length // 2, length + 1, config.batch_size)
+    used = np.arange(length) < lengths[:, None]
+    return np.where(used, rows, 0).reshape(*shape, length).astype(np.int32)
+
+  targets = tokens(target_length)
+  return {
+      'encoder_input_tokens': tokens(source_length),
+      'decoder_target_tokens': targets,
+      'decoder_loss_weights': (targets > 0).astype(np.float32),
+  }
+
+
+def to_numpy(tree):
+  return jax.tree.map(np.asarray, tree)

@@ -1,0 +1,284 @@
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from codet5p_jax.errors import UserError
+from codet5p_jax.sharding import make_mesh
+from codet5p_jax.training.optimizers import SGD, AdamW
+from codet5p_jax.training.train_step import (
+    make_train_step,
+    microbatch_counts,
+    step_batch_spec,
+)
+from tests.training import small
+
+ADAMW = AdamW(1e-3, warmup_steps=2, decay_steps=10, weight_decay=0.1)
+
+
+# Compiling is what these tests spend their time on.
+cached_train_step = functools.cache(make_train_step)
+
+
+def run(config, mesh, batches):
+  train_step = cached_train_step(config, mesh)
+  state = train_step.init()
+  history = []
+  for batch in batches:
+    batch = {'sequence_to_sequence': batch}
+    batch = jax.device_put(batch, train_step.batch_sharding)
+    state, metrics = train_step.step(state, batch)
+    history.append(small.to_numpy(metrics))
+  return small.to_numpy(state), history
+
+
+def one_device():
+  return make_mesh((1, 1, 1), jax.devices()[:1])
+
+
+def assert_close(actual, expected, tolerance):
+  """Relative to each leaf's largest entry."""
+
+  def compare(path, a, b):
+    scale = max(np.abs(b).max(), 1e-30)
+    worst = np.abs(a - b).max() / scale
+    assert worst <= tolerance, f'{jax.tree_util.keystr(path)}: {worst}'
+
+  jax.tree_util.tree_map_with_path(compare, actual, expected)
+
+
+@pytest.mark.parametrize('mesh_shape', [(1, 8, 1), (1, 4, 2), (2, 2, 2)])
+def test_sharded_step_equals_unsharded(mesh_shape):
+  """One SGD step of rate 1 shows the gradient; five show the parameters."""
+  config = small.step_config(SGD(1.0))
+  batches = [small.batch(config, seed) for seed in range(5)]
+  before = small.to_numpy(cached_train_step(config, one_device()).init().params)
+  alone, alone_metrics = run(config, one_device(), batches[:1])
+  sharded, metrics = run(config, make_mesh(mesh_shape), batches[:1])
+
+  def gradient(state):
+    return jax.tree.map(np.subtract, before, state.params)
+
+  assert_close(gradient(sharded), gradient(alone), 1e-5)
+  assert_close(metrics, alone_metrics, 1e-5)
+
+  alone, _ = run(config, one_device(), batches)
+  sharded, _ = run(config, make_mesh(mesh_shape), batches)
+  assert_close(sharded.params, alone.params, 1e-5)
+
+
+def test_sharded_adamw_stays_near_unsharded():
+  config = small.step_config(ADAMW)
+  batches = [small.batch(config, seed) for seed in range(5)]
+  alone, _ = run(config, one_device(), batches)
+  sharded, _ = run(config, make_mesh((2, 2, 2)), batches)
+  assert_close(sharded.params, alone.params, 4e-4)
+
+
+def test_parameters_and_slots_are_really_spread():
+  train_step = make_train_step(small.step_config(ADAMW), make_mesh((1, 4, 2)))
+  state = train_step.init()
+  kernel = state.params['decoder']['layers']['mlp']['wi']['kernel']
+  assert kernel.addressable_shards[0].data.shape == (3, 24 // 4, 40 // 2)
+  moments = [
+      leaf
+      for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
+      if jax.tree_util.keystr(path).endswith("['mlp']['wi']['kernel']")
+      and 'decoder' in jax.tree_util.keystr(path)
+  ]
+  assert len(moments) == 2
+  for moment in moments:
+    assert moment.sharding == kernel.sharding
+
+
+def test_accumulating_four_microbatches_equals_one_batch():
+  """Rows differ in length, so a mean of means would differ."""
+  whole = small.step_config(SGD(1.0))
+  parts = dataclasses.replace(whole, num_microbatches=4)
+  batch = small.batch(whole, 0)
+  cut = jax.tree.map(lambda x: x.reshape(4, 4, *x.shape[2:]), batch)
+  mesh = make_mesh((1, 2, 2), jax.devices()[:4])
+  before = small.to_numpy(cached_train_step(whole, mesh).init().params)
+  expected, expected_metrics = run(whole, mesh, [batch])
+  actual, metrics = run(parts, mesh, [cut])
+
+  def gradient(state):
+    return jax.tree.map(np.subtract, before, state.params)
+
+  assert_close(gradient(actual), gradient(expected), 1e-5)
+  assert_close(metrics, expected_metrics, 1e-5)
+
+
+def test_loss_is_the_mean_over_target_tokens():
+  config = small.step_config(SGD(0.0))
+  batch = small.batch(config, 0)
+  state, [metrics] = run(config, one_device(), [batch])
+  model = config.make_model()
+  hidden = model.apply(
+      {'params': state.params},
+      jnp.asarray(batch['encoder_input_tokens'][0]),
+      jnp.pad(batch['decoder_target_tokens'][0][:, :-1], ((0, 0), (1, 0))),
+  )
+  head = model.apply({'params': state.params}, method='output_head')
+  logits = np.asarray(hidden * head.scale) @ np.asarray(head.kernel[:131]).T
+  log_p = np.asarray(jax.nn.log_softmax(logits))
+  targets = batch['decoder_target_tokens'][0]
+  weights = batch['decoder_loss_weights'][0]
+  picked = np.take_along_axis(log_p, targets[..., None], -1)[..., 0]
+  total, weight = metrics['sequence_to_sequence/loss']
+  assert weight == weights.sum()
+  np.testing.assert_allclose(total, -(picked * weights).sum(), rtol=1e-5)
+
+
+def test_frozen_parameters_do_not_change_and_cost_nothing():
+  config = small.step_config(
+      ADAMW, trainable=('encoder/.*', '.*/cross_attention/.*')
+  )
+  mesh = make_mesh((1, 4, 2))
+  train_step = cached_train_step(config, mesh)
+  before = small.to_numpy(train_step.init().frozen_params)
+  batches = [small.batch(config, seed) for seed in range(20)]
+  state, history = run(config, mesh, batches)
+  jax.tree.map(np.testing.assert_array_equal, state.frozen_params, before)
+  assert history[-1]['sequence_to_sequence/loss'] != history[0]
+  frozen = {
+      jax.tree_util.keystr(path)
+      for path, _ in jax.tree_util.tree_leaves_with_path(state.frozen_params)
+  }
+  assert "['decoder']['layers']['mlp']['wi']['kernel']" in frozen
+  slots = [
+      jax.tree_util.keystr(path)
+      for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)
+  ]
+  assert any("['cross_attention']['out']['kernel']" in slot for slot in slots)
+  assert not any(slot.endswith(path) for slot in slots for path in frozen)
+
+
+def test_frozen_parameters_are_stored_in_the_dtype_of_the_computation():
+  config = small.step_config(ADAMW, trainable=('encoder/.*',), dtype='bfloat16')
+  state = make_train_step(config, one_device()).abstract_state
+  assert {x.dtype for x in jax.tree.leaves(state.params)} == {
+      jnp.dtype('float32')
+  }
+  assert {x.dtype for x in jax.tree.leaves(state.frozen_params)} == {
+      jnp.dtype('bfloat16')
+  }
+
+
+def test_dropout_depends_on_seed_and_step_alone():
+  config = small.step_config(ADAMW, dropout_rate=0.3)
+  batches = [small.batch(config, 0)] * 2
+  _, first = run(config, one_device(), batches)
+  _, again = run(config, make_mesh((1, 8, 1)), batches)
+  assert_close(again[0], first[0], 1e-5)
+  _, other = run(dataclasses.replace(config, seed=4), one_device(), batches)
+  name = 'sequence_to_sequence/loss'
+  assert abs(other[0][name][0] - first[0][name][0]) > 1e-3
+
+
+def test_a_batch_without_targets_changes_nothing_and_makes_no_nan():
+  config = small.step_config(SGD(1.0))
+  batch = small.batch(config, 0)
+  batch['decoder_loss_weights'] = np.zeros_like(batch['decoder_loss_weights'])
+  before = small.to_numpy(cached_train_step(config, one_device()).init().params)
+  state, _ = run(config, one_device(), [batch])
+  jax.tree.map(np.testing.assert_array_equal, state.params, before)
+
+
+def test_microbatches_cycle_through_objectives_by_rate():
+  config = small.step_config(
+      ADAMW,
+      objectives=(
+          small.PAIRS,
+          dataclasses.replace(small.ROWS, rate=3.0),
+      ),
+      num_microbatches=8,
+  )
+  for step in range(20):
+    counts = microbatch_counts(config, step)
+    assert counts == {'sequence_to_sequence': 2, 'causal_lm': 6}
+  config = dataclasses.replace(config, num_microbatches=1)
+  drawn = [microbatch_counts(config, step) for step in range(2000)]
+  assert drawn == [microbatch_counts(config, step) for step in range(2000)]
+  share = np.mean(['causal_lm' in counts for counts in drawn])
+  assert abs(share - 0.75) < 0.04
+
+
+def test_a_step_of_two_objectives_averages_over_all_target_tokens():
+  config = small.step_config(
+      SGD(1.0), objectives=(small.PAIRS, small.ROWS), num_microbatches=2
+  )
+  mesh = make_mesh((1, 8, 1))
+  train_step = make_train_step(config, mesh)
+  alone = small.step_config(SGD(1.0), batch_size=8)
+  batches = {
+      'sequence_to_sequence': small.batch(alone, 0),
+      'causal_lm': small.batch(alone, 1, small.ROWS),
+  }
+  before = small.to_numpy(train_step.init().params)
+  grads, weights = [], []
+  for name, objective in (('sequence_to_sequence', small.PAIRS),
+                          ('causal_lm', small.ROWS)):
+    single = make_train_step(
+        dataclasses.replace(alone, objectives=(objective,)), mesh
+    )
+    state, metrics = single.step(single.init(), {name: batches[name]})
+    weights.append(float(metrics[f'{name}/loss'][1]))
+    grads.append(
+        jax.tree.map(np.subtract, before, small.to_numpy(state.params))
+    )
+  state, _ = train_step.step(train_step.init(), batches)
+  expected = jax.tree.map(
+      lambda a, b: (a * weights[0] + b * weights[1]) / sum(weights), *grads
+  )
+  actual = jax.tree.map(np.subtract, before, small.to_numpy(state.params))
+  assert_close(actual, expected, 1e-5)
+
+
+def test_batch_spec_is_what_the_step_takes():
+  config = small.step_config(ADAMW)
+  train_step = make_train_step(config, make_mesh((1, 4, 2)))
+  spec = step_batch_spec(config, train_step, microbatch_counts(config, 0))
+  actual = small.batch(config, 0)
+  assert {k: (v.shape, v.dtype) for k, v in actual.items()} == {
+      k: (v.shape, v.dtype) for k, v in spec['sequence_to_sequence'].items()
+  }
+
+
+@pytest.mark.parametrize(
+    ('changes', 'mesh_shape', 'message'),
+    [
+        (
+            {'batch_size': 12},
+            (1, 8, 1),
+            'batch size 12 .* 8 shards .* set BATCH_SIZE=8',
+        ),
+        (
+            {'model': dataclasses.replace(small.MODEL, num_heads=6)},
+            (1, 2, 4),
+            "model axis of 4 does not divide the model's 6 heads",
+        ),
+    ],
+)
+def test_what_the_mesh_cannot_divide_is_one_clear_line(
+    changes, mesh_shape, message
+):
+  config = small.step_config(ADAMW, **changes)
+  with pytest.raises(UserError, match=message) as error:
+    make_train_step(config, make_mesh(mesh_shape))
+  assert '\n' not in str(error.value)
+
+
+def test_settings_that_contradict_each_other_are_refused():
+  with pytest.raises(UserError, match='micro-batches divides, found 16 and 3'):
+    small.step_config(ADAMW, num_microbatches=3)
+  with pytest.raises(UserError, match='names of their own'):
+    small.step_config(ADAMW, objectives=(small.PAIRS, small.PAIRS))
+  with pytest.raises(UserError, match=re.escape("'decodr/.*' matches no")):
+    make_train_step(
+        small.step_config(ADAMW, trainable=('decodr/.*',)), one_device()
+    )
