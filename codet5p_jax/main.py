@@ -259,7 +259,17 @@ def _converted(
 def _function(name: str) -> Callable:
   """Imports the function of a subcommand."""
   _use_cpu_where_nothing_else_is()
+  _speak_for_ourselves()
   return getattr(importlib.import_module(f'codet5p_jax.runs.{name}'), name)
+
+
+def _speak_for_ourselves() -> None:
+  """Shows what our runs log, and of other libraries only warnings."""
+  import logging
+
+  logging.basicConfig(
+      level=logging.WARNING, format='%(message)s', stream=sys.stderr)
+  logging.getLogger('codet5p_jax').setLevel(logging.INFO)
 
 
 def _use_cpu_where_nothing_else_is(

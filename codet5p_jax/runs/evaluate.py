@@ -8,6 +8,8 @@ from codet5p_jax.training.evaluation import evaluate_objectives
 from codet5p_jax.training.files import write_json, write_text
 from codet5p_jax.training.trained_model import load_trained_model
 
+_logger = logging.getLogger(__name__)
+
 
 def evaluate(
     run_dir: str,
@@ -55,5 +57,5 @@ def evaluate(
   if operative_config is not None:
     write_text(folder / 'operative_config.gin', operative_config())
   print(json.dumps({'step': trained.step, 'split': split, **values}, indent=2))
-  logging.info('Written to %s.', folder)
+  _logger.info('Written to %s.', folder)
   return values

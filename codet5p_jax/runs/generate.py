@@ -10,6 +10,8 @@ from codet5p_jax.errors import UserError
 from codet5p_jax.training.files import write_text
 from codet5p_jax.training.trained_model import TrainedModel, load_trained_model
 
+_logger = logging.getLogger(__name__)
+
 MODES = ('decoder_only', 'encoder_decoder')
 
 
@@ -63,7 +65,7 @@ def generate(
     folder = trained.folder.path / 'generation'
     folder.mkdir(exist_ok=True)
     write_text(folder / 'operative_config.gin', operative_config())
-  logging.info('Weights of step %d of %s.', trained.step, run_dir)
+  _logger.info('Weights of step %d of %s.', trained.step, run_dir)
   return texts
 
 

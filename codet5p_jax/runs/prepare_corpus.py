@@ -9,6 +9,8 @@ from codet5p_jax.corpus.build import build_corpus
 from codet5p_jax.corpus.source_files import standard_library
 from codet5p_jax.errors import UserError
 
+_logger = logging.getLogger(__name__)
+
 SOURCES = {'standard_library': standard_library}
 
 
@@ -39,7 +41,7 @@ def prepare_corpus(
   settings = {'source': source, 'vocab_size': vocab_size}
   metadata = _metadata(folder)
   if metadata is not None and metadata.get('settings') == settings:
-    logging.info('The corpus in %s is ready; nothing to do.', folder)
+    _logger.info('The corpus in %s is ready; nothing to do.', folder)
     return
   if metadata is not None:
     raise UserError(
@@ -47,7 +49,7 @@ def prepare_corpus(
         f'{metadata.get("settings")}; choose another corpus_dir or remove it'
     )
   metadata = build_corpus(SOURCES[source](), folder, vocab_size, settings)
-  logging.info(
+  _logger.info(
       'Corpus in %s: %d files, %.1f million tokens to train on (%d dropped as '
       'duplicates).',
       folder,

@@ -27,6 +27,8 @@ from codet5p_jax.training.train_step import (
     make_train_step,
 )
 
+_logger = logging.getLogger(__name__)
+
 
 def train(
     step_config: StepConfig,
@@ -82,11 +84,11 @@ def train(
     first = int(state.step)
     trim_metrics(folder.metrics, first)
     if first:
-      logging.info('Going on at step %d of %d.', first, train_steps)
+      _logger.info('Going on at step %d of %d.', first, train_steps)
     if first >= train_steps and folder.model.exists():
-      logging.info('The run in %s is complete.', folder.path)
+      _logger.info('The run in %s is complete.', folder.path)
       return
-    logging.info('Compiling the train step.')
+    _logger.info('Compiling the train step.')
     log = RunLog(folder, first, train_steps)
     try:
       state = _loop(
@@ -116,7 +118,7 @@ def train(
       log.close()
   params = merge_params(state.params, state.frozen_params)
   save_weights(folder.model, params, {'step': int(state.step)})
-  logging.info('Weights in %s.', folder.model)
+  _logger.info('Weights in %s.', folder.model)
 
 
 @dataclasses.dataclass(frozen=True)

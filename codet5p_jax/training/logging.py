@@ -14,6 +14,8 @@ from codet5p_jax.errors import UserError
 from codet5p_jax.training.run_folder import RunFolder, append_metrics
 from codet5p_jax.training.train_step import Metrics
 
+_logger = logging.getLogger(__name__)
+
 
 class RunLog:
   """Writes a run's metrics; owns the open event file and the progress bar.
@@ -77,7 +79,7 @@ class RunLog:
     self._write(step, 'evaluation', values)
     shown = ', '.join(f'{name} {value:.4g}' for name, value in values.items())
     with logging_redirect_tqdm():
-      logging.info('Step %d, validation: %s', step, shown)
+      _logger.info('Step %d, validation: %s', step, shown)
     # The evaluation's time is none of the training's.
     self._last_time, self._tokens = time.monotonic(), 0.0
 

@@ -1,0 +1,171 @@
+"""Times our train step on the CPU against transformers' T5 with PyTorch.
+
+Both sides do the same work on the same batch: float32, no dropout, a padding
+mask, the causal mask and the relative position bias on, the gradient clipped to
+a global norm of 1, AdamW with weight decay (PyTorch's fused one, its fastest).
+They take turns in one process and on the same cores, so that whatever else the
+machine does falls on both; each pair of turns gives one ratio.
+
+  JAX_PLATFORMS=cpu python benchmarks/train_step.py --steps 5
+"""
+
+import argparse
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+BATCH, SOURCE_LENGTH, TARGET_LENGTH = 4, 256, 128
+LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 0.1, 1.0
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def make_batch(vocab_size: int) -> Arrays:
+  """Random rows, all but the first with padding (0) at their end."""
+  rng = np.random.default_rng(0)
+
+  def rows(length):
+    lengths = np.linspace(length, 0.75 * length, BATCH).astype(int)[:, None]
+    tokens = rng.integers(3, vocab_size, (BATCH, length), np.int32)
+    return np.where(np.arange(length) < lengths, tokens, 0)
+
+  return {'sources': rows(SOURCE_LENGTH), 'targets': rows(TARGET_LENGTH)}
+
+
+def jax_side(model, batch: Arrays, scan_layers: bool) -> Callable[[], float]:
+  """Returns a function that makes one update and returns the mean loss."""
+  import jax
+
+  from codet5p_jax import sharding
+  from codet5p_jax.objectives.sequence_to_sequence import SequenceToSequence
+  from codet5p_jax.training import optimizers
+  from codet5p_jax.training import train_step
+
+  config = train_step.StepConfig(
+      model,
+      [SequenceToSequence(SOURCE_LENGTH, TARGET_LENGTH)],
+      optimizers.AdamW(LEARNING_RATE, 1, 10**9, WEIGHT_DECAY,
+                       max_grad_norm=MAX_GRAD_NORM),
+      BATCH,
+      dtype='float32',
+      scan_layers=scan_layers,
+  )
+  mesh = sharding.make_mesh(config.mesh_shape, jax.devices()[:1])
+  compiled = train_step.make_train_step(config, mesh)
+  features = {
+      'encoder_input_tokens': batch['sources'],
+      'decoder_target_tokens': batch['targets'],
+      'decoder_loss_weights': (batch['targets'] > 0).astype(np.float32),
+  }
+  batches = {'sequence_to_sequence': jax.device_put(
+      {name: x[None] for name, x in features.items()}, compiled.batch_sharding)}
+  state = compiled.init()
+
+  def step():
+    nonlocal state
+    state, metrics = compiled.step(state, batches)
+    total, weight = metrics['sequence_to_sequence/loss']
+    jax.block_until_ready(state)
+    return float(total / weight)
+
+  return step
+
+
+def torch_side(model, batch: Arrays, threads: int) -> Callable[[], float]:
+  """Returns a function that makes one update and returns the mean loss."""
+  import torch
+  import transformers
+
+  torch.set_num_threads(threads)
+  torch.manual_seed(0)
+  t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(
+      vocab_size=model.vocab_size, d_model=model.emb_dim, d_kv=model.head_dim,
+      num_heads=model.num_heads, d_ff=model.mlp_dim, dropout_rate=0.0,
+      num_layers=model.num_encoder_layers,
+      num_decoder_layers=model.num_decoder_layers, decoder_start_token_id=0,
+  )).train()
+  norms = [p for p in t5.parameters() if p.ndim == 1]
+  matrices = [p for p in t5.parameters() if p.ndim > 1]
+  optimizer = torch.optim.AdamW(
+      [{'params': matrices}, {'params': norms, 'weight_decay': 0.0}],
+      lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+  sources = torch.tensor(batch['sources'], dtype=torch.long)
+  targets = torch.tensor(batch['targets'], dtype=torch.long)
+  inputs = {
+      'input_ids': sources,
+      'attention_mask': (sources > 0).long(),
+      'labels': targets.masked_fill(targets == 0, -100),
+  }
+
+  def step():
+    optimizer.zero_grad()
+    loss = t5(**inputs).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(t5.parameters(), MAX_GRAD_NORM)
+    optimizer.step()
+    return loss.item()
+
+  return step
+
+
+def timed(step: Callable[[], float]) -> tuple[float, float, float]:
+  """Returns seconds, seconds of all cores together, and the loss."""
+  def cpu():
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+  begin, cpu_begin = time.perf_counter(), cpu()
+  loss = step()
+  return time.perf_counter() - begin, cpu() - cpu_begin, loss
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--steps', type=int, default=5)
+  parser.add_argument('--threads', type=int, default=2)
+  parser.add_argument('--gin_file', default='models/t5_220m.gin')
+  parser.add_argument('--scan_layers', type=int, default=1)
+  options = parser.parse_args()
+  # Before JAX counts them: the threads of both sides share these cores.
+  cores = sorted(os.sched_getaffinity(0))[:options.threads]
+  os.sched_setaffinity(0, cores)
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  try:
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+  except ImportError as error:
+    print(f'skipped: {error}; install the extra "torch" to compare with it')
+    return
+
+  from codet5p_jax import configuration
+
+  configuration.load([options.gin_file])
+  model = configuration.macro('MODEL')
+  batch = make_batch(model.vocab_size)
+  sides = {'codet5p_jax': jax_side(model, batch, bool(options.scan_layers)),
+           'torch': torch_side(model, batch, len(cores))}
+  for step in sides.values():  # Compiles, and touches all memory once.
+    step()
+  results = {name: [] for name in sides}
+  print(f'pair    {"codet5p_jax":>22} {"torch":>22}  tokens/s: ratio')
+  for pair in range(options.steps):
+    for name, step in sides.items():
+      results[name].append(timed(step))
+    (ours, our_cpu, a), (theirs, their_cpu, b) = (
+        results[name][-1] for name in sides)
+    print(f'{pair:4} {ours:7.2f} s {our_cpu:6.2f} CPU-s {a:5.2f}'
+          f' {theirs:7.2f} s {their_cpu:6.2f} CPU-s {b:5.2f}'
+          f'{theirs / ours:7.3f} {their_cpu / our_cpu:7.3f}', flush=True)
+  med = {name: statistics.median(t for t, _, _ in rows)
+         for name, rows in results.items()}
+  tokens = BATCH * (SOURCE_LENGTH + TARGET_LENGTH)
+  for name, seconds in med.items():
+    print(f'{name:12} {seconds:6.2f} s a step, {tokens / seconds:6.1f} tokens/s')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,226 @@
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from codet5p_jax.data.vocabularies import load_vocabulary
+from codet5p_jax.errors import UserError
+from codet5p_jax.models.t5 import T5Config
+from codet5p_jax.objectives.causal_lm import CausalLM
+from codet5p_jax.runs.evaluate import evaluate
+from codet5p_jax.runs.generate import generate
+from codet5p_jax.runs.train import train
+from codet5p_jax.training.logging import RunLog
+from codet5p_jax.training.optimizers import AdamW
+from codet5p_jax.training.train_step import StepConfig
+from codet5p_jax.training.trained_model import load_trained_model
+
+STEPS = 7
+# What a resumed run must repeat exactly; the rest of a row is about time.
+REPEATED = ('step', 'kind', 'grad_norm', 'learning_rate')
+
+
+@pytest.fixture(scope='module')
+def config(small_corpus):
+  vocabulary = load_vocabulary(small_corpus / 'vocabulary')
+  return StepConfig(
+      model=T5Config(
+          vocab_size=vocabulary.vocab_size,
+          emb_dim=12,
+          num_heads=2,
+          head_dim=5,
+          mlp_dim=17,
+          num_encoder_layers=1,
+          num_decoder_layers=3,
+      ),
+      objectives=(CausalLM(target_length=16, loss_tile_length=8),),
+      optimizer=AdamW(1e-2, 2, STEPS, 0.1),
+      batch_size=8,
+      # The decoder's own layers are frozen, as in the composite model.
+      trainable=(
+          'token_embedder/.*',
+          'encoder/.*',
+          '.*/cross_attention/.*',
+          '.*/mlp/.*',
+      ),
+      dtype='float32',
+      dropout_rate=0.1,
+  )
+
+
+def run(config, run_dir, corpus, **changes):
+  settings = {
+      'train_steps': STEPS,
+      'log_every': 1,
+      'evaluate_every': 3,
+      'evaluation_batch_count': 1,
+      'checkpoint_every': 2,
+      **changes,
+  }
+  train(config, str(run_dir), str(corpus), **settings)
+
+
+def rows(run_dir):
+  lines = (run_dir / 'metrics.jsonl').read_text().splitlines()
+  return [
+      {k: v for k, v in json.loads(line).items() if k in REPEATED or '/' in k}
+      for line in lines
+  ]
+
+
+@pytest.fixture(scope='module')
+def undisturbed(config, small_corpus, tmp_path_factory):
+  run_dir = tmp_path_factory.mktemp('runs') / 'undisturbed'
+  run(config, run_dir, small_corpus)
+  return run_dir
+
+
+def test_a_run_stopped_twice_and_resumed_is_bit_identical(
+    config, small_corpus, undisturbed, tmp_path, monkeypatch
+):
+  run_dir = tmp_path / 'stopped'
+  advance = RunLog.advance
+  for stop in np.sort(np.random.default_rng().choice(range(1, STEPS), 2)):
+    seen = []
+
+    def stop_there(self, values, seen=seen, stop=stop):
+      seen.append(values)
+      if len(seen) >= stop:
+        raise KeyboardInterrupt
+      advance(self, values)
+
+    monkeypatch.setattr(RunLog, 'advance', stop_there)
+    with pytest.raises(KeyboardInterrupt):
+      run(config, run_dir, small_corpus)
+  monkeypatch.setattr(RunLog, 'advance', advance)
+  run(config, run_dir, small_corpus)
+
+  assert rows(run_dir) == rows(undisturbed)
+  expected = load_trained_model(str(undisturbed))
+  resumed = load_trained_model(str(run_dir))
+  jax.tree.map(
+      np.testing.assert_array_equal, resumed.all_params, expected.all_params
+  )
+  last = f'checkpoints/{STEPS}'
+  assert checkpoint_arrays(run_dir / last) == checkpoint_arrays(
+      undisturbed / last
+  )
+
+
+def checkpoint_arrays(folder):
+  return json.loads((folder / 'metadata' / 'metadata').read_text())['arrays']
+
+
+def test_a_finished_run_is_left_as_it_is(config, small_corpus, undisturbed):
+  before = {
+      path: path.stat().st_mtime_ns
+      for path in (undisturbed / 'checkpoints').rglob('*')
+  }
+  run(config, undisturbed, small_corpus)
+  after = {
+      path: path.stat().st_mtime_ns
+      for path in (undisturbed / 'checkpoints').rglob('*')
+  }
+  assert after == before
+
+
+def test_the_run_folder_is_enough_to_evaluate_and_to_generate(
+    undisturbed, capsys
+):
+  values = evaluate(str(undisturbed), batch_count=1)
+  logged = [row for row in rows(undisturbed) if row['kind'] == 'evaluation']
+  assert values['causal_lm/loss'] == pytest.approx(
+      logged[-1]['causal_lm/loss'], rel=1e-6
+  )
+  written = undisturbed / 'evaluation' / 'validation' / 'metrics.json'
+  assert json.loads(written.read_text())['step'] == STEPS
+  capsys.readouterr()
+  [text] = generate(['def f():'], str(undisturbed), max_new_tokens=5)
+  assert capsys.readouterr().out.startswith('def f():' + text)
+
+
+def test_weights_of_an_unfinished_run_come_from_its_newest_checkpoint(
+    config, small_corpus, tmp_path, monkeypatch
+):
+  import dataclasses
+
+  config = dataclasses.replace(config, trainable=('.*',))
+  run(config, tmp_path / 'run', small_corpus)
+  finished = load_trained_model(str(tmp_path / 'run'))
+  (tmp_path / 'run' / 'model').rename(tmp_path / 'moved')
+  unfinished = load_trained_model(str(tmp_path / 'run'))
+  assert unfinished.step == STEPS
+  jax.tree.map(
+      np.testing.assert_array_equal, unfinished.params, finished.params
+  )
+
+
+def test_a_loss_that_is_no_number_stops_the_run(
+    config, small_corpus, tmp_path
+):
+  import dataclasses
+
+  config = dataclasses.replace(
+      config, optimizer=AdamW(1e30, 1, STEPS, 0.0), trainable=('.*',)
+  )
+  with pytest.raises(UserError, match=r'at step \d, found that \w+ of .* is '):
+    run(config, tmp_path / 'run', small_corpus)
+  assert not (tmp_path / 'run' / 'model').exists()
+
+
+def test_another_model_in_the_same_folder_is_refused(
+    config, small_corpus, undisturbed
+):
+  import dataclasses
+
+  other = dataclasses.replace(
+      config, model=dataclasses.replace(config.model, mlp_dim=19)
+  )
+  with pytest.raises(UserError, match='mlp_dim'):
+    run(other, undisturbed, small_corpus)
+
+
+def test_a_vocabulary_of_another_size_is_refused(
+    config, small_corpus, tmp_path
+):
+  import dataclasses
+
+  other = dataclasses.replace(
+      config, model=dataclasses.replace(config.model, vocab_size=77)
+  )
+  with pytest.raises(UserError, match='vocabulary of 77 tokens'):
+    run(other, tmp_path / 'run', small_corpus)
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('mesh_shape', [(1, 4, 2), (1, 1, 1)])
+def test_a_run_goes_on_on_another_mesh(
+    config, small_corpus, undisturbed, tmp_path, mesh_shape, monkeypatch
+):
+  import dataclasses
+  import shutil
+
+  run_dir = tmp_path / 'run'
+  shutil.copytree(undisturbed, run_dir)
+  for step in (6, 7):
+    shutil.rmtree(run_dir / 'checkpoints' / str(step))
+  shutil.rmtree(run_dir / 'model')
+  other = dataclasses.replace(config, mesh_shape=mesh_shape)
+  if mesh_shape == (1, 1, 1):
+    monkeypatch.setattr(jax, 'devices', lambda: jax.local_devices()[:1])
+  run(other, run_dir, small_corpus)
+  for ours, theirs in zip(rows(run_dir), rows(undisturbed), strict=True):
+    assert ours['causal_lm/loss'] == pytest.approx(
+        theirs['causal_lm/loss'], rel=1e-5
+    )
+
+
+def test_prompts_and_modes_are_checked(undisturbed):
+  with pytest.raises(UserError, match='expected a prompt, found none'):
+    generate([], str(undisturbed))
+  with pytest.raises(UserError, match=re.escape("found 'both'; set MODE")):
+    generate(['x'], str(undisturbed), mode='both')
+  with pytest.raises(UserError, match='at least one token, found 0'):
+    generate(['x'], str(undisturbed), max_new_tokens=0)
