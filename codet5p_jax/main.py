@@ -56,7 +56,7 @@ _GIN_HELP = """\
   --gin_file=FILE        a gin file, here or among those below; repeatable,
                          later ones override earlier ones
   KEY=value              sets a macro of the gin files, as in TRAIN_STEPS=1000
-  --gin.NAME=value       sets any parameter, as in --gin.T5Config.dropout_rate=0
+  --gin.NAME=value       sets any parameter, as in --gin.T5Config.num_heads=8
 Values are Python literals; anything else is a string and needs no quotes.
 """
 

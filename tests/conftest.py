@@ -45,3 +45,50 @@ def _random_parameters(model, seed=0):
 def random_parameters():
   """See `_random_parameters(model, seed)`."""
   return _random_parameters
+
+
+def _source_files():
+  """Twelve packages of three files each, every one different."""
+  from codet5p_jax.corpus.source_files import SourceFile
+
+  names = ('alpha', 'beta', 'gamma', 'delta', 'epsilon', 'zeta', 'eta', 'theta')
+  numbers = np.random.default_rng(0)
+
+  def function(index):
+    first, second, third = numbers.choice(names, 3)
+    return (
+        f'def {first}_{index}({second}, {third}=None):\n'
+        f'  """Adds {second} to {third}, {index} times."""\n'
+        f'  for number in range({index}):\n'
+        f'    if {second}[number] is not {third}:\n'
+        f'      return {first}({second} + {third} * {numbers.integers(99)})\n'
+        f'  return {second}\n\n\n'
+    )
+
+  return [
+      SourceFile(
+          text=''.join(function(index) for index in range(2 + 5 * number)),
+          language='python',
+          licence='MIT',
+          origin=f'{name}_{origin}',
+          path=f'{name}_{origin}/module_{number}.py',
+      )
+      for origin in range(4)
+      for name in names[:3]
+      for number in range(3)
+  ]
+
+
+@pytest.fixture(scope='session')
+def source_files():
+  return _source_files()
+
+
+@pytest.fixture(scope='session')
+def small_corpus(source_files, tmp_path_factory):
+  """A corpus folder, made as `prepare_corpus` makes one; not to be changed."""
+  from codet5p_jax.corpus.build import build_corpus
+
+  folder = tmp_path_factory.mktemp('corpora') / 'small'
+  build_corpus(source_files, folder, 600, {'source': 'test'})
+  return folder

@@ -10,16 +10,18 @@ from jax.sharding import PartitionSpec
 from codet5p_jax import sharding
 from codet5p_jax.errors import UserError
 from codet5p_jax.losses import cross_entropy
+from codet5p_jax.models.computation import Computation
 from codet5p_jax.models.t5 import T5Config
 from codet5p_jax.sharding import DEFAULT_RULES
 
 MODELS = {
-    '220m': T5Config(32100, 768, 12, 64, 3072, 12, 12),
-    '770m': T5Config(32100, 1024, 16, 64, 4096, 24, 24),
+    '220m': (T5Config(32100, 768, 12, 64, 3072, 12, 12), Computation()),
+    '770m': (T5Config(32100, 1024, 16, 64, 4096, 24, 24), Computation()),
+    'unrolled': (
+        T5Config(32100, 768, 12, 64, 3072, 12, 2),
+        Computation(scan_layers=False),
+    ),
 }
-MODELS['unrolled'] = dataclasses.replace(
-    MODELS['220m'], num_decoder_layers=2, scan_layers=False
-)
 
 
 def eight_devices():
@@ -93,16 +95,16 @@ def test_activations_are_pinned_only_inside_the_context():
   assert found.sharding.shard_shape(found.shape) == (2, 3)
 
 
-def abstract_parameters(config):
+def abstract_parameters(model):
   token = jnp.ones((1, 1), jnp.int32)
-  model = config.make_model()
   return jax.eval_shape(model.init, jax.random.key(0), token, token)['params']
 
 
 @pytest.mark.parametrize('name', MODELS)
 def test_rules_cut_every_parameter_over_a_mesh(name):
   """Each axis has a name, each name a rule, and no axis is cut unevenly."""
-  boxed = abstract_parameters(MODELS[name])
+  config, computation = MODELS[name]
+  boxed = abstract_parameters(config.make_model(computation))
   names = jax.tree.map(tuple, nn.get_partition_spec(boxed))
   mesh = sharding.make_mesh((1, 4, 2), eight_devices())
   shardings = sharding.tree_shardings(names, mesh, DEFAULT_RULES)
@@ -125,8 +127,10 @@ def test_rules_cut_every_parameter_over_a_mesh(name):
 @pytest.mark.parametrize('name', MODELS)
 def test_every_pinned_activation_has_rules(name, monkeypatch):
   """Traces model and loss on a mesh, where a name without rule raises."""
-  config = dataclasses.replace(MODELS[name], remat_policy='dots')
-  params = nn.unbox(abstract_parameters(config))
+  config, computation = MODELS[name]
+  computation = dataclasses.replace(computation, remat_policy='dots')
+  model = config.make_model(computation)
+  params = nn.unbox(abstract_parameters(model))
   mesh = sharding.make_mesh((2, 2, 2), eight_devices())
   source, target = jnp.ones((4, 6), jnp.int32), jnp.ones((4, 5), jnp.int32)
   seen = []
@@ -138,11 +142,12 @@ def test_every_pinned_activation_has_rules(name, monkeypatch):
   )
 
   def loss(params):
-    model = config.make_model()
     hidden = model.apply({'params': params}, source, target)
     head = model.apply({'params': params}, method='output_head')
     weights = jnp.ones(target.shape)
-    return cross_entropy(hidden, head, target, weights, 3, config.dtype)[0]
+    return cross_entropy(
+        hidden, head, target, weights, 3, computation.dtype
+    )[0]
 
   with sharding.activation_sharding(mesh, DEFAULT_RULES):
     jax.eval_shape(jax.grad(loss), params)

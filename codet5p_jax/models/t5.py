@@ -34,23 +34,12 @@ from codet5p_jax.layers.dense import MLP
 from codet5p_jax.layers.embedding import Embed, OutputHead
 from codet5p_jax.layers.normalization import RMSNorm
 from codet5p_jax.layers.positions import RelativePositionBias
+from codet5p_jax.models.computation import REMAT_POLICIES, Computation
 from codet5p_jax.sharding import constrain
-
-# What the backward pass of a layer finds saved, and what it computes again.
-REMAT_POLICIES = {
-    # Everything is saved.
-    'none': None,
-    # Results of products with weights are saved; attention logits and
-    # element-wise operations are computed again.
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    # Only each layer's input is saved.
-    'full': jax.checkpoint_policies.nothing_saveable,
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-  """Sizes of the model, and how it is computed.
+  """Sizes of the model.
 
   Attributes:
     vocab_size: tokens; tables are padded to a multiple of 128 rows.
@@ -65,11 +54,6 @@ class T5Config:
     layer_norm_epsilon: added to the mean square.
     pad_id: the padding token; masked as a key in the encoder.
     decoder_start_id: the first decoder input.
-    dropout_rate: of embeddings, attention weights and sub-layer outputs.
-    dtype: of the computation; parameters are float32.
-    remat_policy: a key of `REMAT_POLICIES`.
-    scan_layers: one compiled layer applied to stacked parameters (fast to
-      compile), or one copy per layer.
   """
 
   vocab_size: int
@@ -84,34 +68,16 @@ class T5Config:
   layer_norm_epsilon: float = 1e-6
   pad_id: int = 0
   decoder_start_id: int = 0
-  dropout_rate: float = 0.0
-  dtype: str = 'bfloat16'
-  remat_policy: str = 'none'
-  scan_layers: bool = True
 
-  def __post_init__(self):
-    if self.remat_policy not in REMAT_POLICIES:
-      raise ValueError(
-          f'remat_policy is {self.remat_policy!r}; known: '
-          f'{", ".join(REMAT_POLICIES)}'
-      )
-    if self.dtype not in ('float32', 'bfloat16'):
-      raise ValueError(
-          f'dtype is {self.dtype!r}; expected float32 or bfloat16'
-      )
-    if not 0 <= self.dropout_rate < 1:
-      raise ValueError(
-          f'dropout_rate is {self.dropout_rate}; expected 0 <= rate < 1'
-      )
-
-  def make_model(self) -> 'T5':
-    return T5(self)
+  def make_model(self, computation: Computation = Computation()) -> 'T5':
+    return T5(self, computation)
 
 
 class EncoderLayer(nn.Module):
   """Self-attention and feed-forward layer, each: x += f(norm(x))."""
 
   config: T5Config
+  computation: Computation
 
   @nn.compact
   def __call__(
@@ -121,7 +87,7 @@ class EncoderLayer(nn.Module):
       mask: AttentionMask | None,
       deterministic: bool,
   ) -> tuple[Activations, None]:
-    sub_layer = _SubLayers(self.config, deterministic)
+    sub_layer = _SubLayers(self.config, self.computation, deterministic)
     y = sub_layer.norm('pre_attention_layer_norm')(x)
     y = sub_layer.attention('self_attention')(y, y, bias, mask, deterministic)
     x = x + sub_layer.dropout(y)
@@ -136,6 +102,7 @@ class DecoderLayer(nn.Module):
   """Self-attention, cross-attention and feed-forward layer."""
 
   config: T5Config
+  computation: Computation
 
   @nn.compact
   def __call__(
@@ -147,7 +114,7 @@ class DecoderLayer(nn.Module):
       cross_mask: AttentionMask | None,
       deterministic: bool,
   ) -> tuple[Float[Array, 'batch q_length embed'], None]:
-    sub_layer = _SubLayers(self.config, deterministic)
+    sub_layer = _SubLayers(self.config, self.computation, deterministic)
     y = sub_layer.norm('pre_self_attention_layer_norm')(x)
     y = sub_layer.attention('self_attention')(y, y, bias, mask, deterministic)
     x = x + sub_layer.dropout(y)
@@ -169,38 +136,40 @@ class _SubLayers:
   """The parts of a layer, as the configuration sizes them."""
 
   config: T5Config
+  computation: Computation
   deterministic: bool
 
   def norm(self, name: str) -> RMSNorm:
     return RMSNorm(
-        self.config.layer_norm_epsilon, self.config.dtype, name=name
+        self.config.layer_norm_epsilon, self.computation.dtype, name=name
     )
 
   def attention(self, name: str) -> Attention:
     return Attention(
         self.config.num_heads,
         self.config.head_dim,
-        self.config.dropout_rate,
-        self.config.dtype,
+        self.computation.dropout_rate,
+        self.computation.dtype,
         name=name,
     )
 
   def mlp(self) -> MLP:
     return MLP(
         self.config.mlp_dim,
-        self.config.dropout_rate,
-        self.config.dtype,
+        self.computation.dropout_rate,
+        self.computation.dtype,
         name='mlp',
     )
 
   def dropout(self, x: jax.Array) -> jax.Array:
-    return nn.Dropout(self.config.dropout_rate)(x, self.deterministic)
+    return nn.Dropout(self.computation.dropout_rate)(x, self.deterministic)
 
 
 class Encoder(nn.Module):
   """The encoder's layers and final norm, over embedded tokens."""
 
   config: T5Config
+  computation: Computation
 
   @nn.compact
   def __call__(
@@ -210,23 +179,25 @@ class Encoder(nn.Module):
       mask: AttentionMask | None,
       deterministic: bool,
   ) -> Activations:
-    config = self.config
+    config, computation = self.config, self.computation
     bias = _position_bias(config, bidirectional=True)(positions, positions)
-    x = nn.Dropout(config.dropout_rate)(x, deterministic)
+    x = nn.Dropout(computation.dropout_rate)(x, deterministic)
     x = _apply_layers(
         config,
+        computation,
         EncoderLayer,
         config.num_encoder_layers,
         x,
         (bias, mask, deterministic),
     )
-    return _end_of_stack(config, x, deterministic)
+    return _end_of_stack(config, computation, x, deterministic)
 
 
 class Decoder(nn.Module):
   """The decoder's layers and final norm, over embedded tokens."""
 
   config: T5Config
+  computation: Computation
 
   @nn.compact
   def __call__(
@@ -238,17 +209,18 @@ class Decoder(nn.Module):
       cross_mask: AttentionMask | None,
       deterministic: bool,
   ) -> Float[Array, 'batch q_length embed']:
-    config = self.config
+    config, computation = self.config, self.computation
     bias = _position_bias(config, bidirectional=False)(positions, positions)
-    x = nn.Dropout(config.dropout_rate)(x, deterministic)
+    x = nn.Dropout(computation.dropout_rate)(x, deterministic)
     x = _apply_layers(
         config,
+        computation,
         DecoderLayer,
         config.num_decoder_layers,
         x,
         (encoded, bias, mask, cross_mask, deterministic),
     )
-    return _end_of_stack(config, x, deterministic)
+    return _end_of_stack(config, computation, x, deterministic)
 
 
 def _position_bias(
@@ -265,16 +237,20 @@ def _position_bias(
 
 
 def _end_of_stack(
-    config: T5Config, x: jax.Array, deterministic: bool
+    config: T5Config,
+    computation: Computation,
+    x: jax.Array,
+    deterministic: bool,
 ) -> jax.Array:
-  x = RMSNorm(config.layer_norm_epsilon, config.dtype, name='final_layer_norm')(
-      x
-  )
-  return nn.Dropout(config.dropout_rate)(x, deterministic)
+  x = RMSNorm(
+      config.layer_norm_epsilon, computation.dtype, name='final_layer_norm'
+  )(x)
+  return nn.Dropout(computation.dropout_rate)(x, deterministic)
 
 
 def _apply_layers(
     config: T5Config,
+    computation: Computation,
     layer: type[nn.Module],
     num_layers: int,
     x: jax.Array,
@@ -286,15 +262,15 @@ def _apply_layers(
   `layers` with a leading axis when scanned, else `layers_0`, `layers_1`, ...
   The last of the inputs is the flag `deterministic`.
   """
-  if config.remat_policy != 'none':
+  if computation.remat_policy != 'none':
     layer = nn.remat(
         layer,
-        policy=REMAT_POLICIES[config.remat_policy],
+        policy=REMAT_POLICIES[computation.remat_policy],
         # Within a scan nothing can be merged with the forward pass anyway.
-        prevent_cse=not config.scan_layers,
+        prevent_cse=not computation.scan_layers,
         static_argnums=(len(inputs) + 1,),
     )
-  if config.scan_layers:
+  if computation.scan_layers:
     scanned = nn.scan(
         layer,
         variable_axes={'params': 0},
@@ -303,10 +279,10 @@ def _apply_layers(
         length=num_layers,
         metadata_params={nn.PARTITION_NAME: 'layers'},
     )
-    x, _ = scanned(config, name='layers')(x, *inputs)
+    x, _ = scanned(config, computation, name='layers')(x, *inputs)
     return x
   for i in range(num_layers):
-    x, _ = layer(config, name=f'layers_{i}')(x, *inputs)
+    x, _ = layer(config, computation, name=f'layers_{i}')(x, *inputs)
   return x
 
 
@@ -314,12 +290,15 @@ class T5(nn.Module):
   """Encoder and decoder over one table of embeddings."""
 
   config: T5Config
+  computation: Computation
 
   def setup(self):
-    config = self.config
-    self.token_embedder = Embed(config.vocab_size, config.emb_dim, config.dtype)
-    self.encoder = Encoder(config)
-    self.decoder = Decoder(config)
+    config, computation = self.config, self.computation
+    self.token_embedder = Embed(
+        config.vocab_size, config.emb_dim, computation.dtype
+    )
+    self.encoder = Encoder(config, computation)
+    self.decoder = Decoder(config, computation)
 
   def encode(
       self,

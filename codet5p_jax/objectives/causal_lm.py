@@ -26,11 +26,10 @@ def causal_lm_example(
 ) -> dict[str, np.ndarray]:
   """Makes an example of a row of tokens.
 
-  With [CLM] = 3, <s> = 1 and </s> = 2:
-
-  >>> from codet5p_jax.data.vocabularies import CODET5_TASK_TOKENS
-  >>> example = causal_lm_example(
-  ...     {'tokens': np.array([17, 18, 19])}, CODET5_TASK_TOKENS)
+  >>> from codet5p_jax.data.task_tokens import TaskTokens
+  >>> ids = TaskTokens(pad=0, bos=1, eos=2, unk=3, clm=3, match=4, tdec=5,
+  ...                  cdec=6, sentinels=())
+  >>> example = causal_lm_example({'tokens': np.array([17, 18, 19])}, ids)
   >>> example['encoder_input_tokens'].tolist()
   [3]
   >>> example['decoder_target_tokens'].tolist()

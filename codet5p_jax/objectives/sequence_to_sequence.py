@@ -27,8 +27,10 @@ def pair_example(
 ) -> dict[str, np.ndarray]:
   """Makes an example of two token lists: truncated, framed and padded.
 
-  >>> from codet5p_jax.data.vocabularies import CODET5_TASK_TOKENS
-  >>> example = pair_example([7, 8, 9], [5], CODET5_TASK_TOKENS, 4, 5)
+  >>> from codet5p_jax.data.task_tokens import TaskTokens
+  >>> ids = TaskTokens(pad=0, bos=1, eos=2, unk=3, clm=3, match=4, tdec=5,
+  ...                  cdec=6, sentinels=())
+  >>> example = pair_example([7, 8, 9], [5], ids, 4, 5)
   >>> example['encoder_input_tokens'].tolist()
   [1, 7, 8, 2]
   >>> example['decoder_target_tokens'].tolist()

@@ -73,7 +73,11 @@ def train(
       for split in ('train', 'validation')
   }
   identity = _identity(step_config, train_steps, vocabulary, data_dir)
-  folder = open_run_folder(run_dir, identity)
+  folder = open_run_folder(
+      run_dir,
+      identity,
+      may_differ=('computation.remat_policy', 'computation.scan_layers'),
+  )
   if not folder.vocabulary.exists():
     vocabulary.save(folder.vocabulary)
   if operative_config is not None:
@@ -208,7 +212,7 @@ def _identity(
     vocabulary: Vocabulary,
     data_dir: str,
 ) -> dict[str, Any]:
-  """What makes a run this run; layout on devices and memory do not."""
+  """What makes a run this run; its layout on devices does not."""
   fields = (
       'model',
       'objectives',
@@ -217,8 +221,7 @@ def _identity(
       'num_microbatches',
       'trainable',
       'seed',
-      'dtype',
-      'dropout_rate',
+      'computation',
   )
   return {
       **{field: getattr(config, field) for field in fields},

@@ -142,9 +142,10 @@ def check_config(
 def describe(value: Any, path: str = 'config') -> Any:
   """Returns a configuration as JSON values.
 
-  >>> describe(T5Config(num_layers=3, axes=('data', None)))
-  {'class': 'codet5p_jax.models.t5.T5Config',
-   'fields': {'num_layers': 3, 'axes': ['data', None]}}
+  >>> from codet5p_jax.objectives.causal_lm import CausalLM
+  >>> describe(CausalLM(target_length=512))
+  {'class': 'codet5p_jax.objectives.causal_lm.CausalLM',
+   'fields': {'target_length': 512, 'rate': 1.0, 'loss_tile_length': 128}}
 
   Args:
     value: None, a number, a string, a tuple or list, a mapping with keys of

@@ -68,7 +68,7 @@ def loss(
   )
   head = model.apply({'params': params}, method='output_head')
   loss_sum, correct = cross_entropy(
-      hidden, head, targets, weights, tile_length, model.config.dtype
+      hidden, head, targets, weights, tile_length, model.computation.dtype
   )
   weight = jnp.sum(weights)
   return loss_sum, ObjectiveOutput(

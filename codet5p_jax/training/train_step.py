@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from codet5p_jax.array_typing import PRNGKey, Scalar, Tree
 from codet5p_jax.errors import UserError
+from codet5p_jax.models.computation import Computation
 from codet5p_jax.sharding import (
     BATCH_AXES,
     DEFAULT_RULES,
@@ -105,16 +106,13 @@ class StepConfig:
 
   Attributes:
     model: configuration of the network.
+    computation: how the network is computed.
     objectives: those trained together.
     optimizer: see training/optimizers.py.
     batch_size: rows of a step, over all devices and micro-batches.
     num_microbatches: parts into which a step's rows are cut to save memory.
     trainable: patterns of parameter paths, see `partition_params`.
     seed: of initial weights, data order and dropout.
-    dtype: of the computation, "bfloat16" or "float32".
-    dropout_rate: paper: 0.1 in fine-tuning; 0 in pre-training.
-    remat_policy: what the backward pass computes again, see the model.
-    scan_layers: see the model.
     mesh_shape: (replica, data, model), one of them may be -1.
     rules: logical axis names to mesh axes.
   """
@@ -126,10 +124,7 @@ class StepConfig:
   num_microbatches: int = 1
   trainable: tuple[str, ...] = ('.*',)
   seed: int = 0
-  dtype: str = 'bfloat16'
-  dropout_rate: float = 0.0
-  remat_policy: str = 'none'
-  scan_layers: bool = True
+  computation: Computation = Computation()
   mesh_shape: tuple[int, int, int] = (1, -1, 1)
   rules: Rules = DEFAULT_RULES
 
@@ -153,19 +148,6 @@ class StepConfig:
   @property
   def microbatch_size(self) -> int:
     return self.batch_size // self.num_microbatches
-
-  def make_model(self) -> nn.Module:
-    """The network, computed the way this configuration says."""
-    try:
-      return dataclasses.replace(
-          self.model,
-          dtype=self.dtype,
-          dropout_rate=self.dropout_rate,
-          remat_policy=self.remat_policy,
-          scan_layers=self.scan_layers,
-      ).make_model()
-    except ValueError as error:
-      raise UserError(str(error)) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +186,7 @@ def make_train_step(config: StepConfig, mesh: Mesh) -> TrainStep:
     UserError: the mesh divides the batch or the model's heads unevenly.
   """
   _check_divisible(config, mesh)
-  model = config.make_model()
+  model = config.model.make_model(config.computation)
   optimizer = config.optimizer.make()
   objectives = {o.name: o for o in config.objectives}
 
@@ -221,7 +203,7 @@ def make_train_step(config: StepConfig, mesh: Mesh) -> TrainStep:
         step=jnp.zeros((), jnp.int32),
         params=params,
         frozen_params=jax.tree.map(
-            lambda x: x.astype(config.dtype), frozen
+            lambda x: x.astype(config.computation.dtype), frozen
         ),
         opt_state=optimizer.init(params),
         objective_state={
@@ -378,7 +360,7 @@ def _accumulate(loss_sum, state, batches, objectives, config):
           objective,
           objective_state,
           microbatch,
-          key if config.dropout_rate > 0 else None,
+          key if config.computation.dropout_rate > 0 else None,
       )
       sums = {'loss': (loss, output.weight), **output.metrics}
       return output.state, (grads, output.weight, sums)
@@ -425,6 +407,9 @@ def _state_shardings(init, init_params, config, mesh) -> TrainState:
       tuple, names, is_leaf=lambda x: isinstance(x, PartitionSpec)
   )
   shardings = tree_shardings(names, mesh, config.rules)
+  _check_parameters_divide(
+      nn.unbox(jax.eval_shape(init_params)), shardings, mesh
+  )
   params, frozen = partition_params(shardings, config.trainable)
   replicated = NamedSharding(mesh, PartitionSpec())
   state = jax.eval_shape(init)
@@ -464,3 +449,17 @@ def _check_divisible(config: StepConfig, mesh: Mesh) -> None:
         f"model's {config.model.num_heads} heads; set MESH_SHAPE so that it "
         f'does'
     )
+
+
+def _check_parameters_divide(shapes: Tree, shardings: Tree, mesh: Mesh) -> None:
+  def check(path, leaf, sharding):
+    for size, axis in zip(leaf.shape, sharding.spec):
+      shards = 1 if axis is None else mesh.shape[axis]
+      if size % shards:
+        name = '/'.join(key.key for key in path)
+        raise UserError(
+            f"expected the mesh's {axis} axis to divide {name}, found {shards} "
+            f'shards of an axis of {size}; set MESH_SHAPE so that it does'
+        )
+
+  jax.tree_util.tree_map_with_path(check, shapes, shardings)

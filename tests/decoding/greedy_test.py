@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from codet5p_jax.decoding.greedy import greedy_decode
+from codet5p_jax.models.computation import Computation
 from codet5p_jax.models.t5 import T5Config
 
 MODEL = T5Config(
@@ -14,8 +15,7 @@ MODEL = T5Config(
     mlp_dim=29,
     num_encoder_layers=1,
     num_decoder_layers=2,
-    dtype='float32',
-).make_model()
+).make_model(Computation(dtype='float32'))
 LENGTH, NEVER = 9, 999
 NUMBERS = np.random.default_rng(0)
 SOURCES = NUMBERS.integers(1, 131, (4, 5)).astype(np.int32)

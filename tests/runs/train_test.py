@@ -1,5 +1,7 @@
+import dataclasses
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from codet5p_jax.data.vocabularies import load_vocabulary
 from codet5p_jax.errors import UserError
+from codet5p_jax.models.computation import Computation
 from codet5p_jax.models.t5 import T5Config
 from codet5p_jax.objectives.causal_lm import CausalLM
 from codet5p_jax.runs.evaluate import evaluate
@@ -28,10 +31,10 @@ def config(small_corpus):
   return StepConfig(
       model=T5Config(
           vocab_size=vocabulary.vocab_size,
-          emb_dim=12,
+          emb_dim=16,
           num_heads=2,
           head_dim=5,
-          mlp_dim=17,
+          mlp_dim=18,
           num_encoder_layers=1,
           num_decoder_layers=3,
       ),
@@ -45,8 +48,7 @@ def config(small_corpus):
           '.*/cross_attention/.*',
           '.*/mlp/.*',
       ),
-      dtype='float32',
-      dropout_rate=0.1,
+      computation=Computation(dtype='float32', dropout_rate=0.1),
   )
 
 
@@ -144,8 +146,6 @@ def test_the_run_folder_is_enough_to_evaluate_and_to_generate(
 def test_weights_of_an_unfinished_run_come_from_its_newest_checkpoint(
     config, small_corpus, tmp_path, monkeypatch
 ):
-  import dataclasses
-
   config = dataclasses.replace(config, trainable=('.*',))
   run(config, tmp_path / 'run', small_corpus)
   finished = load_trained_model(str(tmp_path / 'run'))
@@ -160,8 +160,6 @@ def test_weights_of_an_unfinished_run_come_from_its_newest_checkpoint(
 def test_a_loss_that_is_no_number_stops_the_run(
     config, small_corpus, tmp_path
 ):
-  import dataclasses
-
   config = dataclasses.replace(
       config, optimizer=AdamW(1e30, 1, STEPS, 0.0), trainable=('.*',)
   )
@@ -173,8 +171,6 @@ def test_a_loss_that_is_no_number_stops_the_run(
 def test_another_model_in_the_same_folder_is_refused(
     config, small_corpus, undisturbed
 ):
-  import dataclasses
-
   other = dataclasses.replace(
       config, model=dataclasses.replace(config.model, mlp_dim=19)
   )
@@ -185,8 +181,6 @@ def test_another_model_in_the_same_folder_is_refused(
 def test_a_vocabulary_of_another_size_is_refused(
     config, small_corpus, tmp_path
 ):
-  import dataclasses
-
   other = dataclasses.replace(
       config, model=dataclasses.replace(config.model, vocab_size=77)
   )
@@ -199,9 +193,6 @@ def test_a_vocabulary_of_another_size_is_refused(
 def test_a_run_goes_on_on_another_mesh(
     config, small_corpus, undisturbed, tmp_path, mesh_shape, monkeypatch
 ):
-  import dataclasses
-  import shutil
-
   run_dir = tmp_path / 'run'
   shutil.copytree(undisturbed, run_dir)
   for step in (6, 7):

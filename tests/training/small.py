@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 
+from codet5p_jax.models.computation import Computation
 from codet5p_jax.models.t5 import T5Config
 from codet5p_jax.objectives.causal_lm import CausalLM
 from codet5p_jax.objectives.sequence_to_sequence import SequenceToSequence
@@ -28,7 +29,7 @@ def step_config(optimizer, **changes) -> StepConfig:
       'objectives': (PAIRS,),
       'optimizer': optimizer,
       'batch_size': 16,
-      'dtype': 'float32',
+      'computation': Computation(dtype='float32'),
       'seed': 3,
       **changes,
   }

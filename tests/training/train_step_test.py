@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from codet5p_jax.errors import UserError
+from codet5p_jax.models.computation import Computation
 from codet5p_jax.sharding import make_mesh
 from codet5p_jax.training.optimizers import SGD, AdamW
 from codet5p_jax.training.train_step import (
@@ -117,7 +118,7 @@ def test_loss_is_the_mean_over_target_tokens():
   config = small.step_config(SGD(0.0))
   batch = small.batch(config, 0)
   state, [metrics] = run(config, one_device(), [batch])
-  model = config.make_model()
+  model = config.model.make_model(config.computation)
   params = jax.tree.map(jnp.asarray, state.params)
   hidden = model.apply(
       {'params': params},
@@ -160,7 +161,11 @@ def test_frozen_parameters_do_not_change_and_cost_nothing():
 
 
 def test_frozen_parameters_are_stored_in_the_dtype_of_the_computation():
-  config = small.step_config(ADAMW, trainable=('encoder/.*',), dtype='bfloat16')
+  config = small.step_config(
+      ADAMW,
+      trainable=('encoder/.*',),
+      computation=Computation(dtype='bfloat16'),
+  )
   state = make_train_step(config, one_device()).abstract_state
   assert {x.dtype for x in jax.tree.leaves(state.params)} == {
       jnp.dtype('float32')
@@ -171,7 +176,9 @@ def test_frozen_parameters_are_stored_in_the_dtype_of_the_computation():
 
 
 def test_dropout_depends_on_seed_and_step_alone():
-  config = small.step_config(ADAMW, dropout_rate=0.3)
+  config = small.step_config(
+      ADAMW, computation=Computation(dtype='float32', dropout_rate=0.3)
+  )
   batches = [small.batch(config, 0)] * 2
   first_state, first = run(config, one_device(), batches)
   again_state, _ = run(config, one_device(), batches)
@@ -180,7 +187,9 @@ def test_dropout_depends_on_seed_and_step_alone():
   )
   _, sharded = run(config, make_mesh((1, 2, 1), jax.devices()[:2]), batches)
   assert_close(sharded[0], first[0], 1e-5)
-  without = dataclasses.replace(config, dropout_rate=0.0)
+  without = dataclasses.replace(
+      config, computation=Computation(dtype='float32')
+  )
   _, plain = run(without, one_device(), batches)
   name = 'sequence_to_sequence/loss'
   assert abs(plain[0][name][0] - first[0][name][0]) > 1e-3

@@ -1,0 +1,56 @@
+"""How a network is computed, apart from what it is."""
+
+import dataclasses
+
+import jax
+
+from codet5p_jax.errors import UserError
+
+# What the backward pass of a layer finds saved, and what it computes again.
+REMAT_POLICIES = {
+    # Everything is saved.
+    'none': None,
+    # Results of products with weights are saved; attention logits and
+    # element-wise operations are computed again.
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Only each layer's input is saved.
+    'full': jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+  """What a run chooses of a network, whatever its sizes.
+
+  Attributes:
+    dtype: of the computation, "bfloat16" or "float32"; parameters are float32.
+    dropout_rate: of embeddings, attention weights and sub-layer outputs; 0 in
+      pre-training, 0.1 in fine-tuning.
+    remat_policy: a key of `REMAT_POLICIES`.
+    scan_layers: one compiled layer applied to stacked parameters (fast to
+      compile), or one copy per layer.
+
+  Raises:
+    UserError: a value is none of those.
+  """
+
+  dtype: str = 'bfloat16'
+  dropout_rate: float = 0.0
+  remat_policy: str = 'none'
+  scan_layers: bool = True
+
+  def __post_init__(self):
+    if self.remat_policy not in REMAT_POLICIES:
+      raise UserError(
+          f'expected a remat_policy among {", ".join(REMAT_POLICIES)}, found '
+          f'{self.remat_policy!r}; set REMAT_POLICY'
+      )
+    if self.dtype not in ('float32', 'bfloat16'):
+      raise UserError(
+          f'expected dtype float32 or bfloat16, found {self.dtype!r}; set DTYPE'
+      )
+    if not 0 <= self.dropout_rate < 1:
+      raise UserError(
+          f'expected 0 <= dropout_rate < 1, found {self.dropout_rate}; set '
+          f'DROPOUT_RATE'
+      )
