@@ -1,0 +1,179 @@
+"""Tests of the gin files that come with the package."""
+
+import re
+import shlex
+
+import gin
+import jax
+import pytest
+
+from codet5p_jax import configuration
+from codet5p_jax import errors
+from codet5p_jax import gin_paths
+from codet5p_jax import main
+from codet5p_jax.planning.parameters import count, parameter_shapes
+from codet5p_jax.runs.precompile import precompile
+from codet5p_jax.sharding import make_mesh
+from codet5p_jax.training.train_step import StepConfig, make_train_step
+
+PARAMETERS = {
+    'models/tiny.gin': 2_492_928,
+    'models/t5_60m.gin': 60_492_288,
+    'models/t5_220m.gin': 222_882_048,
+    'models/t5_770m.gin': 737_639_424,
+}
+# What a run of training is made of, beside the model.
+RUNS = {
+    'pretrain': ('objectives/causal_lm.gin', 'runs/pretrain.gin'),
+    'finetune': ('runs/finetune.gin',),
+}
+REQUIRED = re.compile(r'^([A-Z_]+) = %gin.REQUIRED$', re.M)
+
+
+@pytest.fixture(autouse=True)
+def _forget_the_configuration():
+  yield
+  gin.clear_config()
+
+
+def header(name: str) -> str:
+  """The comment that opens a gin file."""
+  text = gin_paths.locate(name).read_text()
+  return re.match(r'(?:#.*\n)*', text)[0]
+
+
+def listed(name: str) -> list[str]:
+  """The macros that the header of a gin file calls required or often set."""
+  paragraphs = re.findall(
+      r'^# (?:Required|Often set)\b.*(?:\n# .+)*', header(name), re.M
+  )
+  return re.findall(r'\b[A-Z]{2,}(?:_[A-Z]+)*\b', ' '.join(paragraphs))
+
+
+def example(name: str) -> list[str] | None:
+  """The arguments of the command in a header, None if it shows none."""
+  lines = re.search(r'#   codet5p ((?:.*\\\n#)*.*)', header(name))
+  return lines and shlex.split(lines[1].replace('\\\n#', ' '))
+
+
+def test_every_model_file_is_among_those_tested_here():
+  models = {name for name in gin_paths.shipped() if name.startswith('models/')}
+  # The presets include it; alone it is no model.
+  assert models - {'models/t5.gin'} == set(PARAMETERS)
+
+
+@pytest.mark.parametrize('name', gin_paths.shipped())
+def test_every_file_is_understood_by_itself(name):
+  configuration.load([name])
+  assert header(name), 'a header says what the file is for'
+
+
+@pytest.mark.parametrize('run', RUNS)
+@pytest.mark.parametrize('model', PARAMETERS)
+def test_every_model_and_run_make_a_step(model, run):
+  configuration.load([model, *RUNS[run]], run=precompile)
+  config = configuration.macro('STEP_CONFIG')
+  assert isinstance(config, StepConfig)
+  configuration.load([model])
+  assert config.model == configuration.macro('MODEL')
+  assert config.optimizer.warmup_steps < config.optimizer.decay_steps
+  [objective] = config.objectives
+  lengths = {
+      feature: spec.shape[1:]
+      for feature, spec in objective.batch_spec(config.batch_size).items()
+  }
+  source, target = {'pretrain': (1, 1024), 'finetune': (512, 512)}[run]
+  assert lengths == {
+      'encoder_input_tokens': (source,),
+      'decoder_target_tokens': (target,),
+      'decoder_loss_weights': (target,),
+  }
+
+
+@pytest.mark.parametrize('model', PARAMETERS)
+def test_every_model_has_its_number_of_parameters(model):
+  configuration.load([model])
+  config = configuration.macro('MODEL')
+  assert count(parameter_shapes(config.make_model())) == PARAMETERS[model]
+
+
+@pytest.mark.parametrize(
+    ('model', 'run'),
+    [('models/t5_220m.gin', 'pretrain'), ('models/t5_770m.gin', 'finetune')],
+)
+def test_a_step_is_traced_without_allocating_its_state(model, run):
+  configuration.load([model, *RUNS[run]], run=precompile)
+  config = configuration.macro('STEP_CONFIG')
+  before = sum(array.nbytes for array in jax.live_arrays())
+  state = make_train_step(config, make_mesh(config.mesh_shape)).abstract_state
+  assert sum(array.nbytes for array in jax.live_arrays()) <= before + 1024
+  # Padding makes the table a little larger than what `info` counts.
+  padding = (-config.model.vocab_size % 128) * config.model.emb_dim
+  sizes = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+  assert sizes == PARAMETERS[model] + padding
+  assert not state.frozen_params
+
+
+@pytest.mark.parametrize('model', ['models/t5_220m.gin', 'models/t5_770m.gin'])
+def test_info_counts_a_released_model_from_its_gin_file_alone(model, capsys):
+  assert main.main(['info', f'--gin_file={model}']) == 0
+  *_, total = capsys.readouterr().out.splitlines()
+  number = f'{PARAMETERS[model]:,}'
+  assert total.split() == ['total', number, number, '0']
+
+
+class Understood(Exception):
+  """The run would begin now."""
+
+
+@pytest.fixture
+def understand(monkeypatch):
+  """Runs a command line up to where its function would be called."""
+  check = configuration._check_complete
+
+  def stop(function, scopes, given):
+    check(function, scopes, given)
+    raise Understood
+
+  monkeypatch.setattr(configuration, '_check_complete', stop)
+
+  def run(argv):
+    with pytest.raises(Understood):
+      assert main.main(argv) == 0
+
+  return run
+
+
+@pytest.mark.parametrize(
+    'argv',
+    [['info'], ['precompile', 'TOPOLOGY=v5e:4x4'],
+     ['precompile', 'TOPOLOGY=v5e:1x1', 'BATCH_SIZE=16', '--report', 'x.json']],
+    ids=' '.join,
+)
+def test_fine_tuning_is_looked_at_without_any_required_macro(understand, argv):
+  understand(
+      [*argv, '--gin_file=models/tiny.gin', '--gin_file=runs/finetune.gin']
+  )
+
+
+@pytest.mark.parametrize('name', [*filter(example, gin_paths.shipped())])
+def test_the_command_of_a_header_is_complete(understand, name):
+  understand(example(name))
+
+
+@pytest.mark.parametrize('name', [*filter(listed, gin_paths.shipped())])
+def test_macros_that_a_header_lists_exist(name):
+  for macro in listed(name):
+    configuration.load([name], {macro: '%gin.REQUIRED'})
+  with pytest.raises(errors.UserError, match='has a macro NO_SUCH'):
+    configuration.load([name], {'NO_SUCH': '%gin.REQUIRED'})
+
+
+def test_macros_that_a_run_requires_are_listed_as_required(understand, capsys):
+  del understand  # Stops a run that begins although something is missing.
+  for name in filter(example, gin_paths.shipped()):
+    for macro in REQUIRED.findall(gin_paths.locate(name).read_text()):
+      argv = [x for x in example(name) if not x.startswith(f'{macro}=')]
+      assert main.main(argv) == 2
+      assert f'needs a value for {macro}' in capsys.readouterr().err
+      assert macro in listed(name)
