@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 
@@ -80,12 +81,16 @@ def build_corpus(
     text = json.dumps(metadata, indent=2, sort_keys=True) + '\n'
     (partial / layout.METADATA).write_text(text)
     os.replace(partial, corpus_dir)
-  except OSError as error:
+  except (OSError, RuntimeError) as error:
     shutil.rmtree(partial, ignore_errors=True)
+    # ArrayRecord raises RuntimeError with the system's words in its own.
+    failed = re.search(r'\w\(\) failed: ([^;]*)', str(error))
+    if isinstance(error, RuntimeError) and not failed:
+      raise
+    reason = failed[1] if failed else getattr(error, 'strerror', None) or error
     raise UserError(
-        f'expected to write the corpus to {corpus_dir}, found: '
-        f'{error.strerror or error}; choose a folder with room that you may '
-        f'write to'
+        f'expected to write the corpus to {corpus_dir}, found: {reason}; '
+        f'choose a folder with room that you may write to'
     ) from error
   except BaseException:
     shutil.rmtree(partial, ignore_errors=True)

@@ -24,8 +24,14 @@ def token_store_folder(
   """The token store of a split for a vocabulary.
 
   Raises:
-    UserError: there is no corpus, or it was not tokenised with the vocabulary.
+    UserError: there is no such split or corpus, or it was not tokenised with
+      the vocabulary.
   """
+  if split not in SPLITS:
+    raise UserError(
+        f'expected a split among {", ".join(SPLITS)}, found {split!r}; set '
+        f'SPLIT'
+    )
   if not (corpus_dir / METADATA).is_file():
     raise UserError(
         f'expected a corpus folder, found no {METADATA} in {corpus_dir}; make '
@@ -34,7 +40,7 @@ def token_store_folder(
   stores = corpus_dir / TOKENS
   folder = stores / vocabulary.fingerprint[:16] / split
   if not folder.is_dir():
-    found = sorted(path.name for path in stores.glob('*')) or 'none'
+    found = ', '.join(sorted(x.name for x in stores.glob('*'))) or 'none'
     raise UserError(
         f'expected tokens of vocabulary {vocabulary.fingerprint[:16]} in '
         f'{corpus_dir}, found those of {found}; give the vocabulary the corpus '

@@ -1,5 +1,6 @@
 """Which split an origin belongs to."""
 
+import collections
 import hashlib
 from collections.abc import Iterable
 
@@ -12,8 +13,8 @@ def split_origins(
   """Assigns each origin to a split by its hash, so no origin is in two.
 
   A given origin lands in the same split whatever else the corpus holds, except
-  in a corpus of few origins: where a split would be empty, it takes the origin
-  whose hash is nearest to its share.
+  in a corpus of few origins: where a split would be empty, it takes an origin
+  of the largest split, the one of the lowest hash.
 
   Args:
     origins: names of packages or repositories.
@@ -32,9 +33,11 @@ def split_origins(
       result[origin] = 'test'
     else:
       result[origin] = 'train'
-  for split in ('validation', 'test'):
-    spare = [o for o in places if result[o] == 'train']
-    if split not in result.values() and len(spare) > 1:
+  for split in SPLITS:
+    counts = collections.Counter(result.values())
+    largest = max(SPLITS, key=lambda name: counts[name])
+    if not counts[split] and counts[largest] > 1:
+      spare = [o for o in places if result[o] == largest]
       result[min(spare, key=places.get)] = split
   return result
 

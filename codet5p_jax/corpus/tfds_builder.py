@@ -23,7 +23,8 @@ def write_files(
 ) -> None:
   """Writes {split: files} below `folder`."""
 
-  class Builder(tfds.core.GeneratorBasedBuilder):
+  # Registered, the name could be defined only once in a process.
+  class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Files of source code; a split holds whole origins."""
 
     name = NAME

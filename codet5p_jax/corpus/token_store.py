@@ -7,9 +7,10 @@ another, each ended by the vocabulary's end-of-sequence token. Any row length
 can be cut from the stream by index, so one store serves every objective.
 """
 
+import contextlib
 import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -108,7 +109,8 @@ class TokenRows:
     """Opens the store.
 
     Raises:
-      UserError: there is no store, or it holds less than one row.
+      UserError: there is no store, it is damaged, or it holds less than one
+        row. Reading a row of a damaged store raises it too.
     """
     from array_record.python.array_record_data_source import (
         ArrayRecordDataSource,
@@ -120,23 +122,43 @@ class TokenRows:
           f'expected a token store in {folder}, found no {_METADATA}; run '
           f'codet5p prepare_corpus'
       )
-    self.metadata = json.loads(path.read_text())
-    if self.metadata['format_version'] != FORMAT_VERSION:
+    self._folder = folder
+    self._row_length = row_length
+    with self._explaining_damage():
+      self.metadata = json.loads(path.read_text())
+      version = self.metadata['format_version']
+    if version != FORMAT_VERSION:
       raise UserError(
           f'expected a token store of format {FORMAT_VERSION}, found '
-          f'{self.metadata["format_version"]} in {folder}; prepare the corpus '
-          f'again with this version'
+          f'{version} in {folder}; prepare the corpus again with this version'
       )
-    self._row_length = row_length
-    self._dtype = np.dtype(self.metadata['token_dtype'])
-    self._block_tokens = self.metadata['block_tokens']
+    with self._explaining_damage():
+      self._dtype = np.dtype(self.metadata['token_dtype'])
+      self._block_tokens = self.metadata['block_tokens']
+      self._blocks = ArrayRecordDataSource(str(folder / _BLOCKS))
+      num_blocks = -(-self.metadata['num_tokens'] // self._block_tokens)
+      if len(self._blocks) != num_blocks:
+        raise ValueError(
+            f'{len(self._blocks)} blocks where {num_blocks} belong'
+        )
     if not len(self):
       raise UserError(
           f'expected at least one row of {row_length} tokens, found '
           f'{self.metadata["num_tokens"]} tokens in {folder}; add source files '
           f'or shorten the rows'
       )
-    self._blocks = ArrayRecordDataSource(str(folder / _BLOCKS))
+
+  @contextlib.contextmanager
+  def _explaining_damage(self) -> Iterator[None]:
+    try:
+      yield
+    # ArrayRecord raises RuntimeError, also for a file that is missing.
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+      reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
+      raise UserError(
+          f'expected a whole token store in {self._folder}, found it damaged '
+          f'({reason}); remove the corpus and prepare it again'
+      ) from error
 
   def __len__(self) -> int:
     return self.metadata['num_tokens'] // self._row_length
@@ -148,7 +170,9 @@ class TokenRows:
     first = begin // self._block_tokens
     last = (begin + self._row_length - 1) // self._block_tokens
     ids, starts = [], []
-    for record in self._blocks.__getitems__(list(range(first, last + 1))):
+    with self._explaining_damage():
+      records = self._blocks.__getitems__(list(range(first, last + 1)))
+    for record in records:
       cut = self._block_tokens * self._dtype.itemsize
       ids.append(np.frombuffer(record[:cut], self._dtype))
       starts.append(np.unpackbits(np.frombuffer(record[cut:], np.uint8)))

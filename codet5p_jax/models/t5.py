@@ -28,6 +28,7 @@ from codet5p_jax.array_typing import (
     SegmentIds,
     Tokens,
 )
+from codet5p_jax.errors import require_positive
 from codet5p_jax.layers import masks
 from codet5p_jax.layers.attention import Attention
 from codet5p_jax.layers.dense import MLP
@@ -68,6 +69,16 @@ class T5Config:
   layer_norm_epsilon: float = 1e-6
   pad_id: int = 0
   decoder_start_id: int = 0
+
+  def __post_init__(self):
+    sizes = (
+        'vocab_size',
+        'emb_dim',
+        'num_heads',
+        'head_dim',
+        'mlp_dim',
+    )
+    require_positive(**{name: getattr(self, name) for name in sizes})
 
   def make_model(self, computation: Computation = Computation()) -> 'T5':
     return T5(self, computation)

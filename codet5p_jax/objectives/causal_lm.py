@@ -67,6 +67,11 @@ class CausalLM:
 
   name = 'causal_lm'
 
+  def __post_init__(self):
+    teacher_forcing.check_lengths(
+        self.loss_tile_length, target_length=self.target_length
+    )
+
   def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     return teacher_forcing.batch_spec(batch_size, 1, self.target_length)
 

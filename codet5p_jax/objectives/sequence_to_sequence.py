@@ -77,6 +77,13 @@ class SequenceToSequence:
 
   name = 'sequence_to_sequence'
 
+  def __post_init__(self):
+    teacher_forcing.check_lengths(
+        self.loss_tile_length,
+        source_length=self.source_length,
+        target_length=self.target_length,
+    )
+
   def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     return teacher_forcing.batch_spec(
         batch_size, self.source_length, self.target_length
@@ -121,16 +128,18 @@ def _read_pairs(
         f'a line with the fields {fields[0]!r} and {fields[1]!r}'
     )
   pairs = []
-  with path.open(encoding='utf-8') as lines:
+  # As bytes, so that a line that is not UTF-8 is named too.
+  with path.open('rb') as lines:
     for number, line in enumerate(lines, 1):
       try:
-        row = json.loads(line)
+        row = json.loads(line.decode())
         pairs.append({field: _text(row[field]) for field in fields})
       except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f'expected a JSON object with the texts {fields[0]!r} and '
             f'{fields[1]!r} in line {number} of {path}, found '
-            f'{line.strip()[:60]!r}; mend or remove the line'
+            f'{line.decode(errors="replace").strip()[:60]!r}; mend or remove '
+            f'the line'
         ) from error
   if not pairs:
     raise UserError(f'expected pairs in {path}, found an empty file; add some')

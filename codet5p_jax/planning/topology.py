@@ -29,8 +29,14 @@ def topology_devices(name: str) -> tuple[Sequence[jax.Device], int]:
     )
   # Set before libtpu starts: it would ask the cloud for the machine's TPU, and
   # allow one process on the machine.
-  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  for name_of_setting, value in {
+      'TPU_SKIP_MDS_QUERY': '1',
+      'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+      # It complains at length where these are unknown, and does not use them.
+      'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
+      'TPU_WORKER_HOSTNAMES': 'localhost',
+  }.items():
+    os.environ.setdefault(name_of_setting, value)
   from jax.experimental import topologies
 
   options = {}

@@ -4,8 +4,9 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 
+from codet5p_jax.errors import require_positive
 from codet5p_jax.training.evaluation import evaluate_objectives
-from codet5p_jax.training.files import write_json, write_text
+from codet5p_jax.training.run_folder import write_result
 from codet5p_jax.training.trained_model import load_trained_model
 
 _logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ def evaluate(
   Raises:
     UserError: the run folder or the data is not what it should be.
   """
+  require_positive(batch_size=batch_size, batch_count=batch_count)
   trained = load_trained_model(run_dir, mesh_shape, batch_size)
   data_dir = data_dir or trained.config['data_dir']
   objectives = trained.train_step.config.objectives
@@ -52,10 +54,9 @@ def evaluate(
       batch_count,
   )
   folder = trained.folder.path / 'evaluation' / split
-  folder.mkdir(parents=True, exist_ok=True)
-  write_json(folder / 'metrics.json', {'step': trained.step, **values})
+  write_result(folder / 'metrics.json', {'step': trained.step, **values})
   if operative_config is not None:
-    write_text(folder / 'operative_config.gin', operative_config())
+    write_result(folder / 'operative_config.gin', operative_config())
   print(json.dumps({'step': trained.step, 'split': split, **values}, indent=2))
   _logger.info('Written to %s.', folder)
   return values

@@ -7,7 +7,7 @@ import numpy as np
 
 from codet5p_jax.decoding.greedy import greedy_decode
 from codet5p_jax.errors import UserError
-from codet5p_jax.training.files import write_text
+from codet5p_jax.training.run_folder import write_result
 from codet5p_jax.training.trained_model import TrainedModel, load_trained_model
 
 _logger = logging.getLogger(__name__)
@@ -63,8 +63,7 @@ def generate(
     print()
   if operative_config is not None:
     folder = trained.folder.path / 'generation'
-    folder.mkdir(exist_ok=True)
-    write_text(folder / 'operative_config.gin', operative_config())
+    write_result(folder / 'operative_config.gin', operative_config())
   _logger.info('Weights of step %d of %s.', trained.step, run_dir)
   return texts
 

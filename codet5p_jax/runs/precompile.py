@@ -1,15 +1,14 @@
 """Compiles the real train step for a TPU that need not be there."""
 
 import json
-import os
 import pathlib
-import tempfile
 import time
 from typing import Any
 
 from codet5p_jax.errors import UserError
 from codet5p_jax.planning.topology import topology_devices
 from codet5p_jax.sharding import make_mesh
+from codet5p_jax.training.files import write_text
 from codet5p_jax.training.train_step import (
     StepConfig,
     make_train_step,
@@ -125,12 +124,7 @@ def _memory(compiled, devices_per_chip: int) -> dict[str, int]:
 def _write_report(path: pathlib.Path, result: dict[str, Any]) -> None:
   """Writes beside the target and renames, so no half report is ever seen."""
   try:
-    with tempfile.NamedTemporaryFile(
-        'w', dir=path.parent, suffix='.partial', delete=False
-    ) as file:
-      json.dump(result, file, indent=2)
-      file.write('\n')
-    os.replace(file.name, path)
+    write_text(path, json.dumps(result, indent=2) + '\n')
   except OSError as error:
     raise UserError(
         f'expected to write the report to {path}, found: {error.strerror}; '

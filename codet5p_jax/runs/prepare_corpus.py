@@ -61,7 +61,10 @@ def prepare_corpus(
 
 def _metadata(folder: pathlib.Path) -> dict | None:
   try:
-    return json.loads((folder / layout.METADATA).read_text())
+    metadata = json.loads((folder / layout.METADATA).read_text())
+    if not isinstance(metadata, dict):
+      raise ValueError('no JSON object')
+    return metadata
   except FileNotFoundError:
     return None
   except (OSError, ValueError) as error:

@@ -9,17 +9,20 @@ from typing import Any
 import jax
 
 from codet5p_jax.data.vocabularies import Vocabulary, load_vocabulary
-from codet5p_jax.errors import UserError
+from codet5p_jax.errors import UserError, require_positive
 from codet5p_jax.sharding import make_mesh
 from codet5p_jax.training.batches import TrainBatches
 from codet5p_jax.training.checkpoints.fingerprint import fingerprint_tree
 from codet5p_jax.training.checkpoints.save import Checkpoints
 from codet5p_jax.training.checkpoints.weights import save_weights
 from codet5p_jax.training.evaluation import evaluate_objectives
-from codet5p_jax.training.files import write_text
 from codet5p_jax.training.logging import RunLog, check_finite, means
 from codet5p_jax.training.partition import merge_params
-from codet5p_jax.training.run_folder import open_run_folder, trim_metrics
+from codet5p_jax.training.run_folder import (
+    open_run_folder,
+    trim_metrics,
+    write_result,
+)
 from codet5p_jax.training.train_step import (
     StepConfig,
     TrainState,
@@ -63,6 +66,14 @@ def train(
     UserError: the settings contradict each other, the folder or the data; or
       a loss is not finite.
   """
+  require_positive(
+      train_steps=train_steps,
+      log_every=log_every,
+      evaluate_every=evaluate_every,
+      evaluation_batch_count=evaluation_batch_count,
+      checkpoint_every=checkpoint_every,
+      checkpoints_to_keep=checkpoints_to_keep,
+  )
   vocabulary = load_vocabulary(vocabulary_dir or f'{data_dir}/vocabulary')
   _check_vocabulary(vocabulary, step_config)
   mesh = make_mesh(step_config.mesh_shape)
@@ -81,7 +92,7 @@ def train(
   if not folder.vocabulary.exists():
     vocabulary.save(folder.vocabulary)
   if operative_config is not None:
-    write_text(folder.path / 'operative_config.gin', operative_config())
+    write_result(folder.path / 'operative_config.gin', operative_config())
 
   with Checkpoints(folder.checkpoints, max_to_keep=checkpoints_to_keep) as saved:
     state, fingerprint = _first_state(train_step, saved)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from codet5p_jax.array_typing import Tree
+from codet5p_jax.errors import require_positive
 from codet5p_jax.training.batches import evaluation_batches
 from codet5p_jax.training.logging import means
 from codet5p_jax.training.train_step import TrainStep
@@ -32,7 +33,11 @@ def evaluate_objectives(
 
   Returns:
     {"<objective>/<metric>": mean over target tokens}.
+
+  Raises:
+    UserError: fewer than one batch is asked for.
   """
+  require_positive(num_batches=num_batches)
   values = {}
   for objective in train_step.config.objectives:
     sums = None

@@ -77,6 +77,8 @@ class RunLog:
   def evaluation(self, step: int, values: Mapping[str, float]) -> None:
     """Logs the metrics of an evaluation on the validation split."""
     self._write(step, 'evaluation', values)
+    if not self._is_writer:
+      return
     shown = ', '.join(f'{name} {value:.4g}' for name, value in values.items())
     with logging_redirect_tqdm():
       _logger.info('Step %d, validation: %s', step, shown)

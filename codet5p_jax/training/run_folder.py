@@ -220,6 +220,26 @@ def rebuild(description: Any) -> Any:
   return kind(**{field: rebuild(entry) for field, entry in fields.items()})
 
 
+def write_result(path: Path, content: str | Mapping[str, Any]) -> None:
+  """Writes a text, or JSON values, with the folders above it.
+
+  Args:
+    path: the file in a run folder; replaced only by the whole new one.
+    content: a text as it is; anything else as `write_json` takes it.
+
+  Raises:
+    UserError: the disk is full or the folder not writable.
+  """
+  with explaining_storage_faults(
+      f'cannot write {path}', 'free space or mend its permissions'
+  ):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, str):
+      write_text(path, content)
+    else:
+      write_json(path, content)
+
+
 def append_metrics(path: Path, row: Mapping[str, Any]) -> None:
   """Appends one row to metrics.jsonl; it is on its way to the disk at return.
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from codet5p_jax.array_typing import PRNGKey, Scalar, Tree
+from codet5p_jax.errors import UserError, require_positive
 from codet5p_jax.losses import cross_entropy
 from codet5p_jax.training.train_step import Batch, ObjectiveOutput
 
@@ -74,3 +75,22 @@ def loss(
   return loss_sum, ObjectiveOutput(
       weight=weight, metrics={'accuracy': (correct, weight)}, state=state
   )
+
+
+def check_lengths(loss_tile_length: int, **lengths: int) -> None:
+  """Checks that rows hold a token between <s> and </s>.
+
+  Args:
+    loss_tile_length: of the objective.
+    **lengths: of its rows, by name; macros are their capitals.
+
+  Raises:
+    UserError: a length is too small.
+  """
+  require_positive(loss_tile_length=loss_tile_length)
+  for name, length in lengths.items():
+    if length < 3:
+      raise UserError(
+          f'expected {name} to hold a token between <s> and </s>, found '
+          f'{length}; set {name.upper()} to 3 or more'
+      )

@@ -5,7 +5,7 @@ update from the mean loss over all their target tokens.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import flax.linen as nn
@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from codet5p_jax.array_typing import PRNGKey, Scalar, Tree
-from codet5p_jax.errors import UserError
+from codet5p_jax.errors import UserError, require_positive
 from codet5p_jax.models.computation import Computation
 from codet5p_jax.sharding import (
     BATCH_AXES,
@@ -118,14 +118,14 @@ class StepConfig:
   """
 
   model: Any
-  objectives: tuple[Any, ...]
+  objectives: Sequence[Any]
   optimizer: Any
   batch_size: int
   num_microbatches: int = 1
-  trainable: tuple[str, ...] = ('.*',)
+  trainable: Sequence[str] = ('.*',)
   seed: int = 0
   computation: Computation = Computation()
-  mesh_shape: tuple[int, int, int] = (1, -1, 1)
+  mesh_shape: Sequence[int] = (1, -1, 1)
   rules: Rules = DEFAULT_RULES
 
   def __post_init__(self):
@@ -138,7 +138,10 @@ class StepConfig:
           f'expected objectives with names of their own, found {names}; mend '
           f'OBJECTIVES'
       )
-    if self.num_microbatches < 1 or self.batch_size % self.num_microbatches:
+    require_positive(
+        batch_size=self.batch_size, num_microbatches=self.num_microbatches
+    )
+    if self.batch_size % self.num_microbatches:
       raise UserError(
           f'expected a batch size that the number of micro-batches divides, '
           f'found {self.batch_size} and {self.num_microbatches}; mend '

@@ -74,6 +74,12 @@ def load_trained_model(
       mesh_shape=tuple(mesh_shape),
   )
   vocabulary = load_vocabulary(folder.vocabulary)
+  if vocabulary.fingerprint != config['vocabulary_fingerprint']:
+    raise UserError(
+        f'expected in {folder.vocabulary} the vocabulary that the run was '
+        f'trained with ({config["vocabulary_fingerprint"][:16]}), found '
+        f'another ({vocabulary.fingerprint[:16]}); put back its own'
+    )
   train_step = make_train_step(step_config, make_mesh(mesh_shape))
   state = train_step.abstract_state
   if folder.model.exists():
