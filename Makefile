@@ -36,8 +36,9 @@ pretrain: .venv/installed-$(VERSION)
 	  $$'import os\nimport sys\n'
 
 test: .venv/tests-installed-$(VERSION)
+	# Compiling takes most of the time, and uses one core.
 	JAX_PLATFORMS=cpu .venv/bin/python -m pytest --cov --cov-report=term \
-	  --cov-fail-under=90
+	  --cov-fail-under=90 --numprocesses=auto --maxprocesses=4 --dist=loadfile
 	.venv/bin/lint-imports
 
 lint: .venv/tests-installed-$(VERSION)

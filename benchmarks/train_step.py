@@ -41,6 +41,7 @@ def jax_side(model, batch: Arrays, scan_layers: bool) -> Callable[[], float]:
   import jax
 
   from codet5p_jax import sharding
+  from codet5p_jax.models.computation import Computation
   from codet5p_jax.objectives.sequence_to_sequence import SequenceToSequence
   from codet5p_jax.training import optimizers
   from codet5p_jax.training import train_step
@@ -51,8 +52,7 @@ def jax_side(model, batch: Arrays, scan_layers: bool) -> Callable[[], float]:
       optimizers.AdamW(LEARNING_RATE, 1, 10**9, WEIGHT_DECAY,
                        max_grad_norm=MAX_GRAD_NORM),
       BATCH,
-      dtype='float32',
-      scan_layers=scan_layers,
+      computation=Computation(dtype='float32', scan_layers=scan_layers),
   )
   mesh = sharding.make_mesh(config.mesh_shape, jax.devices()[:1])
   compiled = train_step.make_train_step(config, mesh)
