@@ -83,20 +83,18 @@ def test_a_run_stopped_twice_and_resumed_is_bit_identical(
     config, small_corpus, undisturbed, tmp_path, monkeypatch
 ):
   run_dir = tmp_path / 'stopped'
-  advance = RunLog.advance
-  for stop in np.sort(np.random.default_rng().choice(range(1, STEPS), 2)):
-    seen = []
+  log_train = RunLog.train
+  for stop in np.sort(np.random.default_rng().choice(range(1, STEPS + 1), 2)):
 
-    def stop_there(self, values, seen=seen, stop=stop):
-      seen.append(values)
-      if len(seen) >= stop:
+    def stop_there(self, step, values, stop=stop, **more):
+      if step >= stop:
         raise KeyboardInterrupt
-      advance(self, values)
+      log_train(self, step, values, **more)
 
-    monkeypatch.setattr(RunLog, 'advance', stop_there)
+    monkeypatch.setattr(RunLog, 'train', stop_there)
     with pytest.raises(KeyboardInterrupt):
       run(config, run_dir, small_corpus)
-  monkeypatch.setattr(RunLog, 'advance', advance)
+  monkeypatch.setattr(RunLog, 'train', log_train)
   run(config, run_dir, small_corpus)
 
   assert rows(run_dir) == rows(undisturbed)
