@@ -3,13 +3,17 @@
 Both sides do the same work on the same batch: float32, no dropout, a padding
 mask, the causal mask and the relative position bias on, the gradient clipped to
 a global norm of 1, AdamW with weight decay (PyTorch's fused one, its fastest).
-They take turns in one process and on the same cores, so that whatever else the
-machine does falls on both; each pair of turns gives one ratio.
+They take turns on the same cores, so that whatever else the machine does falls
+on both; each pair of turns gives one ratio. Each has a process of its own, idle
+while the other works: within one process, waiting threads of one library spin
+on the cores that the other is timed on.
 
   JAX_PLATFORMS=cpu python benchmarks/train_step.py --steps 5
 """
 
 import argparse
+import importlib.util
+import multiprocessing
 import os
 import resource
 import statistics
@@ -112,8 +116,9 @@ def torch_side(model, batch: Arrays, threads: int) -> Callable[[], float]:
   return step
 
 
-def timed(step: Callable[[], float]) -> tuple[float, float, float]:
+def measure(step: Callable[[], float]) -> tuple[float, float, float]:
   """Returns seconds, seconds of all cores together, and the loss."""
+
   def cpu():
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
@@ -123,6 +128,28 @@ def timed(step: Callable[[], float]) -> tuple[float, float, float]:
   return time.perf_counter() - begin, cpu() - cpu_begin, loss
 
 
+def serve(connection, side: str, options: argparse.Namespace) -> None:
+  """Makes a measured step whenever told to; the body of a side's process."""
+  # Before JAX counts them: both sides share these cores.
+  cores = sorted(os.sched_getaffinity(0))[: options.threads]
+  os.sched_setaffinity(0, cores)
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+
+  from codet5p_jax import configuration
+
+  configuration.load([options.gin_file])
+  model = configuration.macro('MODEL')
+  batch = make_batch(model.vocab_size)
+  if side == 'torch':
+    step = torch_side(model, batch, len(cores))
+  else:
+    step = jax_side(model, batch, bool(options.scan_layers))
+  step()  # Compiles, and touches all memory once.
+  connection.send(None)
+  while connection.recv():
+    connection.send(measure(step))
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--steps', type=int, default=5)
@@ -130,41 +157,45 @@ def main() -> None:
   parser.add_argument('--gin_file', default='models/t5_220m.gin')
   parser.add_argument('--scan_layers', type=int, default=1)
   options = parser.parse_args()
-  # Before JAX counts them: the threads of both sides share these cores.
-  cores = sorted(os.sched_getaffinity(0))[:options.threads]
-  os.sched_setaffinity(0, cores)
-  os.environ['JAX_PLATFORMS'] = 'cpu'
-  try:
-    import torch  # noqa: F401
-    import transformers  # noqa: F401
-  except ImportError as error:
-    print(f'skipped: {error}; install the extra "torch" to compare with it')
-    return
+  for library in ('torch', 'transformers'):
+    if importlib.util.find_spec(library) is None:
+      print(f'skipped: no {library}; install the extra "torch" to compare')
+      return
 
-  from codet5p_jax import configuration
+  context = multiprocessing.get_context('spawn')
+  sides = {}
+  for side in ('codet5p_jax', 'torch'):
+    sides[side], theirs = context.Pipe()
+    context.Process(
+        target=serve, args=(theirs, side, options), daemon=True
+    ).start()
+    theirs.close()
+    sides[side].recv()
 
-  configuration.load([options.gin_file])
-  model = configuration.macro('MODEL')
-  batch = make_batch(model.vocab_size)
-  sides = {'codet5p_jax': jax_side(model, batch, bool(options.scan_layers)),
-           'torch': torch_side(model, batch, len(cores))}
-  for step in sides.values():  # Compiles, and touches all memory once.
-    step()
-  results = {name: [] for name in sides}
-  print(f'pair    {"codet5p_jax":>22} {"torch":>22}  tokens/s: ratio')
+  results = {side: [] for side in sides}
+  print(f'pair    {"codet5p_jax":>22} {"torch":>22}  ratio of tokens/s, CPU-s')
   for pair in range(options.steps):
-    for name, step in sides.items():
-      results[name].append(timed(step))
+    for side, connection in sides.items():
+      connection.send(True)
+      results[side].append(connection.recv())
     (ours, our_cpu, a), (theirs, their_cpu, b) = (
-        results[name][-1] for name in sides)
-    print(f'{pair:4} {ours:7.2f} s {our_cpu:6.2f} CPU-s {a:5.2f}'
-          f' {theirs:7.2f} s {their_cpu:6.2f} CPU-s {b:5.2f}'
-          f'{theirs / ours:7.3f} {their_cpu / our_cpu:7.3f}', flush=True)
-  med = {name: statistics.median(t for t, _, _ in rows)
-         for name, rows in results.items()}
+        results[side][-1] for side in sides
+    )
+    print(
+        f'{pair:4} {ours:7.2f} s {our_cpu:6.2f} CPU-s {a:5.2f}'
+        f' {theirs:7.2f} s {their_cpu:6.2f} CPU-s {b:5.2f}'
+        f'{theirs / ours:7.3f} {their_cpu / our_cpu:7.3f}',
+        flush=True,
+    )
   tokens = BATCH * (SOURCE_LENGTH + TARGET_LENGTH)
-  for name, seconds in med.items():
-    print(f'{name:12} {seconds:6.2f} s a step, {tokens / seconds:6.1f} tokens/s')
+  for side, rows in results.items():
+    seconds = statistics.median(row[0] for row in rows)
+    print(f'{side:12} {seconds:6.2f} s a step, {tokens / seconds:6.1f} tokens/s')
+  ratios = [
+      theirs[0] / ours[0]
+      for ours, theirs in zip(results['codet5p_jax'], results['torch'])
+  ]
+  print(f'median ratio {statistics.median(ratios):.3f}')
 
 
 if __name__ == '__main__':
