@@ -4,9 +4,18 @@ Both sides do the same work on the same batch: float32, no dropout, a padding
 mask, the causal mask and the relative position bias on, the gradient clipped to
 a global norm of 1, AdamW with weight decay (PyTorch's fused one, its fastest).
 They take turns on the same cores, so that whatever else the machine does falls
-on both; each pair of turns gives one ratio. Each has a process of its own, idle
-while the other works: within one process, waiting threads of one library spin
-on the cores that the other is timed on.
+on both; each pair of turns gives one ratio. Our layers are timed unrolled and
+scanned: a scan copies each layer's weights and gradients out of and into
+stacks, which on a CPU costs some 8 % (and compiles in a tenth of the time).
+
+Two things would spoil the comparison:
+
+- Within one process, waiting threads of one library spin on the cores that the
+  other is timed on. So each side has a process of its own, idle in turn.
+- XLA asks for its temporary memory, 3 GB here, anew every step. The system's
+  allocator gives so large a piece back at once, and the kernel must clear it
+  anew; on a virtual machine whose host takes idle pages away this doubles the
+  time of a step. So the allocator of both sides keeps what it is given back.
 
   JAX_PLATFORMS=cpu python benchmarks/train_step.py --steps 5
 """
@@ -24,6 +33,14 @@ import numpy as np
 
 BATCH, SOURCE_LENGTH, TARGET_LENGTH = 4, 256, 128
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 0.1, 1.0
+
+KEEP_FREED_MEMORY = {
+    'MALLOC_ARENA_MAX': '1',
+    'MALLOC_MMAP_MAX_': '0',
+    'MALLOC_TRIM_THRESHOLD_': str(2**40),
+}
+
+SIDES = ('codet5p_jax', 'torch')
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -53,8 +70,9 @@ def jax_side(model, batch: Arrays, scan_layers: bool) -> Callable[[], float]:
   config = train_step.StepConfig(
       model,
       [SequenceToSequence(SOURCE_LENGTH, TARGET_LENGTH)],
-      optimizers.AdamW(LEARNING_RATE, 1, 10**9, WEIGHT_DECAY,
-                       max_grad_norm=MAX_GRAD_NORM),
+      optimizers.AdamW(
+          LEARNING_RATE, 1, 10**9, WEIGHT_DECAY, max_grad_norm=MAX_GRAD_NORM
+      ),
       BATCH,
       computation=Computation(dtype='float32', scan_layers=scan_layers),
   )
@@ -65,8 +83,12 @@ def jax_side(model, batch: Arrays, scan_layers: bool) -> Callable[[], float]:
       'decoder_target_tokens': batch['targets'],
       'decoder_loss_weights': (batch['targets'] > 0).astype(np.float32),
   }
-  batches = {'sequence_to_sequence': jax.device_put(
-      {name: x[None] for name, x in features.items()}, compiled.batch_sharding)}
+  batches = {
+      'sequence_to_sequence': jax.device_put(
+          {name: x[None] for name, x in features.items()},
+          compiled.batch_sharding,
+      )
+  }
   state = compiled.init()
 
   def step():
@@ -86,17 +108,26 @@ def torch_side(model, batch: Arrays, threads: int) -> Callable[[], float]:
 
   torch.set_num_threads(threads)
   torch.manual_seed(0)
-  t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(
-      vocab_size=model.vocab_size, d_model=model.emb_dim, d_kv=model.head_dim,
-      num_heads=model.num_heads, d_ff=model.mlp_dim, dropout_rate=0.0,
+  config = transformers.T5Config(
+      vocab_size=model.vocab_size,
+      d_model=model.emb_dim,
+      d_kv=model.head_dim,
+      num_heads=model.num_heads,
+      d_ff=model.mlp_dim,
       num_layers=model.num_encoder_layers,
-      num_decoder_layers=model.num_decoder_layers, decoder_start_token_id=0,
-  )).train()
+      num_decoder_layers=model.num_decoder_layers,
+      dropout_rate=0.0,
+      decoder_start_token_id=0,
+  )
+  t5 = transformers.T5ForConditionalGeneration(config).train()
   norms = [p for p in t5.parameters() if p.ndim == 1]
   matrices = [p for p in t5.parameters() if p.ndim > 1]
   optimizer = torch.optim.AdamW(
       [{'params': matrices}, {'params': norms, 'weight_decay': 0.0}],
-      lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+      lr=LEARNING_RATE,
+      weight_decay=WEIGHT_DECAY,
+      fused=True,
+  )
   sources = torch.tensor(batch['sources'], dtype=torch.long)
   targets = torch.tensor(batch['targets'], dtype=torch.long)
   inputs = {
@@ -128,7 +159,9 @@ def measure(step: Callable[[], float]) -> tuple[float, float, float]:
   return time.perf_counter() - begin, cpu() - cpu_begin, loss
 
 
-def serve(connection, side: str, options: argparse.Namespace) -> None:
+def serve(
+    connection, side: str, options: argparse.Namespace, scan_layers: bool
+) -> None:
   """Makes a measured step whenever told to; the body of a side's process."""
   # Before JAX counts them: both sides share these cores.
   cores = sorted(os.sched_getaffinity(0))[: options.threads]
@@ -143,11 +176,60 @@ def serve(connection, side: str, options: argparse.Namespace) -> None:
   if side == 'torch':
     step = torch_side(model, batch, len(cores))
   else:
-    step = jax_side(model, batch, bool(options.scan_layers))
-  step()  # Compiles, and touches all memory once.
+    step = jax_side(model, batch, scan_layers)
+  for _ in range(2):  # Compiles, and touches all memory once.
+    step()
   connection.send(None)
   while connection.recv():
     connection.send(measure(step))
+
+
+def compare(options: argparse.Namespace, scan_layers: bool) -> None:
+  """Prints a line for each pair of turns and the median of their ratios."""
+  context = multiprocessing.get_context('spawn')
+  connections, processes = {}, []
+  for side in SIDES:
+    connections[side], theirs = context.Pipe()
+    processes.append(
+        context.Process(
+            target=serve,
+            args=(theirs, side, options, scan_layers),
+            daemon=True,
+        )
+    )
+    processes[-1].start()
+    theirs.close()
+    connections[side].recv()
+
+  form = 'scanned' if scan_layers else 'unrolled'
+  print(f'Layers of codet5p_jax {form}:')
+  print(f'pair {"codet5p_jax":>22} {"torch":>22}  ratio of tokens/s')
+  seconds = {side: [] for side in SIDES}
+  for pair in range(options.steps):
+    line = f'{pair:4}'
+    for side, connection in connections.items():
+      connection.send(True)
+      wall, cpu_seconds, loss = connection.recv()
+      seconds[side].append(wall)
+      line += f' {wall:6.2f} s {cpu_seconds:5.1f} CPU-s'
+      line += f' {loss:5.2f}' if pair == 0 else ' ' * 6
+    print(f'{line} {seconds["torch"][-1] / seconds["codet5p_jax"][-1]:7.3f}',
+          flush=True)
+  for connection, process in zip(connections.values(), processes, strict=True):
+    connection.send(False)
+    process.join()
+
+  tokens = BATCH * (SOURCE_LENGTH + TARGET_LENGTH)
+  for side in SIDES:
+    median = statistics.median(seconds[side])
+    print(f'{side}: {median:.2f} s a step, {tokens / median:.1f} tokens/s')
+  ratios = [
+      theirs / ours
+      for ours, theirs in zip(
+          seconds['codet5p_jax'], seconds['torch'], strict=True
+      )
+  ]
+  print(f'median ratio {statistics.median(ratios):.3f}\n', flush=True)
 
 
 def main() -> None:
@@ -155,47 +237,14 @@ def main() -> None:
   parser.add_argument('--steps', type=int, default=5)
   parser.add_argument('--threads', type=int, default=2)
   parser.add_argument('--gin_file', default='models/t5_220m.gin')
-  parser.add_argument('--scan_layers', type=int, default=1)
   options = parser.parse_args()
   for library in ('torch', 'transformers'):
     if importlib.util.find_spec(library) is None:
       print(f'skipped: no {library}; install the extra "torch" to compare')
       return
-
-  context = multiprocessing.get_context('spawn')
-  sides = {}
-  for side in ('codet5p_jax', 'torch'):
-    sides[side], theirs = context.Pipe()
-    context.Process(
-        target=serve, args=(theirs, side, options), daemon=True
-    ).start()
-    theirs.close()
-    sides[side].recv()
-
-  results = {side: [] for side in sides}
-  print(f'pair    {"codet5p_jax":>22} {"torch":>22}  ratio of tokens/s, CPU-s')
-  for pair in range(options.steps):
-    for side, connection in sides.items():
-      connection.send(True)
-      results[side].append(connection.recv())
-    (ours, our_cpu, a), (theirs, their_cpu, b) = (
-        results[side][-1] for side in sides
-    )
-    print(
-        f'{pair:4} {ours:7.2f} s {our_cpu:6.2f} CPU-s {a:5.2f}'
-        f' {theirs:7.2f} s {their_cpu:6.2f} CPU-s {b:5.2f}'
-        f'{theirs / ours:7.3f} {their_cpu / our_cpu:7.3f}',
-        flush=True,
-    )
-  tokens = BATCH * (SOURCE_LENGTH + TARGET_LENGTH)
-  for side, rows in results.items():
-    seconds = statistics.median(row[0] for row in rows)
-    print(f'{side:12} {seconds:6.2f} s a step, {tokens / seconds:6.1f} tokens/s')
-  ratios = [
-      theirs[0] / ours[0]
-      for ours, theirs in zip(results['codet5p_jax'], results['torch'])
-  ]
-  print(f'median ratio {statistics.median(ratios):.3f}')
+  os.environ.update(KEEP_FREED_MEMORY)  # Read as a process starts.
+  for scan_layers in (False, True):
+    compare(options, scan_layers)
 
 
 if __name__ == '__main__':

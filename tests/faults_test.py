@@ -409,6 +409,7 @@ def test_a_disk_full_at_the_metrics_is_one_line(
 ):
   forget_steps_after(run_dir, 1)
   before = content(run_dir / 'checkpoints' / '1')
+
   def refuse(path, mode='r', **options):
     if 'a' in mode and str(path).endswith('metrics.jsonl'):
       full_disk()

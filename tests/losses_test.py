@@ -63,7 +63,9 @@ def test_the_loss_equals_a_loop_over_positions():
 def test_tiles_of_any_length_give_the_same_loss_and_gradients(tile_length):
   @jax.jit
   def both(hidden, kernel):
-    functions = lambda h, k: tiled(h, k, tile_length), untiled
+    def in_tiles(hidden, kernel):
+      return tiled(hidden, kernel, tile_length)
+
     return [
         (
             function(hidden, kernel),
@@ -71,7 +73,7 @@ def test_tiles_of_any_length_give_the_same_loss_and_gradients(tile_length):
                 hidden, kernel
             ),
         )
-        for function in functions
+        for function in (in_tiles, untiled)
     ]
 
   found, expected = both(HIDDEN, KERNEL)

@@ -10,7 +10,6 @@ from codet5p_jax.array_typing import (
     AttentionMask,
     Keys,
     Queries,
-    Values,
 )
 from codet5p_jax.layers.dense import Dense
 from codet5p_jax.sharding import constrain

@@ -38,6 +38,7 @@ from codet5p_jax.layers.positions import RelativePositionBias
 from codet5p_jax.models.computation import REMAT_POLICIES, Computation
 from codet5p_jax.sharding import constrain
 
+
 @dataclasses.dataclass(frozen=True)
 class T5Config:
   """Sizes of the model.

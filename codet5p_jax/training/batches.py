@@ -81,7 +81,10 @@ class TrainBatches:
 
 
 def evaluation_batches(
-    dataset: Any, batch_size: int, num_batches: int | None, train_step: TrainStep
+    dataset: Any,
+    batch_size: int,
+    num_batches: int | None,
+    train_step: TrainStep,
 ) -> Iterator[dict[str, jax.Array]]:
   """Yields a split's examples once, in order, none dropped.
 

@@ -323,7 +323,8 @@ def microbatch_counts(config: StepConfig, step: int) -> dict[str, int]:
   """
   rates = np.array([o.rate for o in config.objectives], np.float64)
   start = np.random.default_rng((config.seed, step)).random()
-  places = (start + np.arange(config.num_microbatches)) / config.num_microbatches
+  num_microbatches = config.num_microbatches
+  places = (start + np.arange(num_microbatches)) / num_microbatches
   borders = np.cumsum(rates / rates.sum())[:-1]
   drawn = np.searchsorted(borders, places, side='right')
   return {

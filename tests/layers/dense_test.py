@@ -24,7 +24,8 @@ def gradients(product, x, kernel, upstream):
 def test_gradients_equal_those_of_a_plain_product():
   found = gradients(lambda x, k: matmul(x, k, 'float32'), X, KERNEL, UPSTREAM)
   expected = gradients(jnp.matmul, X, KERNEL, UPSTREAM)
-  np.testing.assert_allclose(matmul(X, KERNEL, 'float32'), X @ KERNEL, rtol=1e-6)
+  product = matmul(X, KERNEL, 'float32')
+  np.testing.assert_allclose(product, X @ KERNEL, rtol=1e-6)
   for one, other in zip(found, expected, strict=True):
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 

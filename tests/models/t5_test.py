@@ -33,7 +33,8 @@ ROWS = [[0, 1, 2], [3, 4]]  # Which examples a packed row holds.
 CLM = 3
 
 apply = jax.jit(
-    CONFIG.make_model(COMPUTATION).apply, static_argnames=('method', 'deterministic')
+    CONFIG.make_model(COMPUTATION).apply,
+    static_argnames=('method', 'deterministic'),
 )
 
 
@@ -336,7 +337,6 @@ def test_initial_parameters_have_the_deviations_of_t5():
 )
 def test_configurations_that_mean_nothing_are_refused(wrong):
   (name, value), = wrong.items()
-  with pytest.raises(
-      UserError, match=rf'expected .*{name}.* found {value!r}; set {name.upper()}'
-  ):
+  expected = rf'expected .*{name}.* found {value!r}; set {name.upper()}'
+  with pytest.raises(UserError, match=expected):
     Computation(**wrong)

@@ -19,7 +19,9 @@ MODEL = T5Config(
     num_encoder_layers=2,
     num_decoder_layers=3,
 )
-PAIRS = SequenceToSequence(source_length=11, target_length=9, loss_tile_length=4)
+PAIRS = SequenceToSequence(
+    source_length=11, target_length=9, loss_tile_length=4
+)
 ROWS = CausalLM(target_length=14)
 
 
