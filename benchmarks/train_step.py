@@ -6,7 +6,7 @@ a global norm of 1, AdamW with weight decay (PyTorch's fused one, its fastest).
 They take turns on the same cores, so that whatever else the machine does falls
 on both; each pair of turns gives one ratio. Our layers are timed unrolled and
 scanned: a scan copies each layer's weights and gradients out of and into
-stacks, which on a CPU costs some 8 % (and compiles in a tenth of the time).
+stacks, which on a CPU costs some 8 %.
 
 Two things would spoil the comparison:
 
