@@ -172,15 +172,19 @@ def _survey(
   path = gin_paths.locate(name, place)
   if path.resolve() in including:
     raise errors.UserError(f'{place}{name} includes itself; remove this line')
+  text = path.read_text(encoding='utf-8')
   try:
-    statements = list(config_parser.ConfigParser(
-        path.read_text(encoding='utf-8'), _Delegate()))
-  except (SyntaxError, tokenize.TokenError) as error:
-    line = error.lineno if isinstance(error, SyntaxError) else error.args[1][0]
+    statements = list(config_parser.ConfigParser(text, _Delegate()))
+  except tokenize.TokenError:
+    # Its own words and line differ between versions of Python.
+    raise errors.UserError(
+        f'{name}, line {len(text.splitlines())}: the file ends within a '
+        f'statement; close its bracket or quotes') from None
+  except SyntaxError as error:
     message = str(error.args[0]).splitlines()[-1].strip().rstrip('.')
     raise errors.UserError(
-        f'{name}, line {line}: {message}; expected NAME = value, with strings '
-        f'in quotes') from None
+        f'{name}, line {error.lineno}: {message}; expected NAME = value, with '
+        f'strings in quotes') from None
   imports: dict[str, configured_names.Import] = {}
   registering = False
   for statement in statements:

@@ -166,8 +166,8 @@ from toy_runs import fit
      'value, with strings in quotes'),
     ('\nX 3', "line 2: Couldn't parse statement, expected ':' or '='; expected "
      'NAME = value, with strings in quotes'),
-    ('X = (1,\n', 'line 2: EOF in multi-line statement; expected NAME = value, '
-     'with strings in quotes'),
+    ('\nX = (1,\n  2\n',
+     'line 3: the file ends within a statement; close its bracket or quotes'),
     ('import toy_model', "line 1: expected 'from __gin__ import "
      "dynamic_registration' before this import; add it"),
     ('fit.fit.model = 3', "line 1: 'fit' of fit.fit is not imported; import "
