@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -240,6 +242,8 @@ class Checkpoints:
       self._manager = None
 
   def _open_manager(self) -> ocp.CheckpointManager:
+    if jax.process_index() == 0:
+      _remove_unfinished(self.folder)
     return ocp.CheckpointManager(
         self.folder,
         options=ocp.CheckpointManagerOptions(
@@ -343,6 +347,30 @@ class Checkpoints:
     for item, leaves in items.items():
       for path, leaf in leaves.items():
         _require_shared(f'{item}/{path}', leaf)
+
+
+def _remove_unfinished(folder: Path, patience: float = 10.0) -> None:
+  """Removes what killed or failed saves left.
+
+  Orbax does so too, but gives up where a thread of a save that failed in this
+  process is still writing.
+
+  Args:
+    folder: of all steps.
+    patience: seconds to wait for such threads.
+
+  Raises:
+    OSError: something cannot be removed.
+  """
+  deadline = time.monotonic() + patience
+  for path in folder.glob('*.orbax-checkpoint-tmp*'):
+    while path.exists():
+      try:
+        shutil.rmtree(path)
+      except OSError:
+        if time.monotonic() > deadline:
+          raise
+      time.sleep(0.05)
 
 
 def _require_shared(path: str, leaf: Any) -> None:

@@ -1,3 +1,5 @@
+import errno
+import functools
 import json
 import os
 import resource
@@ -5,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +57,40 @@ def test_only_the_newest_steps_are_kept(states, tmp_path):
   assert Checkpoints(tmp_path).steps() == [3, 4]
   for step in (3, 4):
     verify(tmp_path / str(step))
+
+
+def test_a_save_waits_for_threads_that_a_failed_one_left(states, tmp_path):
+  left = tmp_path / '1.orbax-checkpoint-tmp'
+
+  def write():
+    for number in range(100):
+      left.mkdir(exist_ok=True)
+      (left / str(number)).write_text('left')
+      time.sleep(0.002)
+
+  thread = threading.Thread(target=write)
+  thread.start()
+  while not left.exists():
+    time.sleep(0.001)
+  _save(tmp_path, states, 2)
+  thread.join()
+  _save(tmp_path, states, 3)
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['2', '3']
+
+
+def test_what_cannot_be_removed_is_one_line(states, tmp_path, monkeypatch):
+  (tmp_path / '1.orbax-checkpoint-tmp').mkdir()
+  monkeypatch.setattr(save_module, '_remove_unfinished', functools.partial(
+      save_module._remove_unfinished, patience=0.1))
+
+  def refuse(path):
+    raise PermissionError(errno.EACCES, 'Permission denied', str(path))
+
+  with monkeypatch.context() as patch:
+    patch.setattr(save_module.shutil, 'rmtree', refuse)
+    with pytest.raises(UserError, match='Permission denied') as error:
+      _save(tmp_path, states, 2)
+  assert '\n' not in str(error.value)
 
 
 def test_reading_creates_nothing(tmp_path):
