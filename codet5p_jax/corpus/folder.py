@@ -9,6 +9,7 @@
 import pathlib
 from typing import Any
 
+from codet5p_jax.corpus.token_store import TokenRows
 from codet5p_jax.errors import UserError
 
 METADATA = 'metadata.json'
@@ -47,3 +48,15 @@ def token_store_folder(
         f'was tokenised with, or prepare it again'
     )
   return folder
+
+
+def token_rows(
+    corpus_dir: pathlib.Path, vocabulary: Any, split: str, row_length: int
+) -> TokenRows:
+  """Rows of `row_length` tokens of a split, by index.
+
+  Raises:
+    UserError: as `token_store_folder` and `TokenRows`.
+  """
+  folder = token_store_folder(corpus_dir, vocabulary, split)
+  return TokenRows(folder, row_length)

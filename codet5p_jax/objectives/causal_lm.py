@@ -11,44 +11,36 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from codet5p_jax.corpus.folder import token_store_folder
-from codet5p_jax.corpus.token_store import TokenRows
+from codet5p_jax.corpus.folder import token_rows
 from codet5p_jax.training import teacher_forcing
 
 if TYPE_CHECKING:
-  import grain
+  from codet5p_jax.corpus.token_store import TokenRows
+  from codet5p_jax.data.vocabularies import TaskTokens, Vocabulary
 
-  from codet5p_jax.data.vocabularies import TaskTokens
 
-
-def causal_lm_example(
+def follow_clm(
     row: Mapping[str, np.ndarray], task_tokens: 'TaskTokens'
-) -> dict[str, np.ndarray]:
-  """Makes an example of a row of tokens.
+) -> tuple[np.ndarray, np.ndarray]:
+  """Makes a source and a target of a row of tokens.
 
   >>> from codet5p_jax.data.task_tokens import TaskTokens
-  >>> ids = TaskTokens(pad=0, bos=1, eos=2, unk=3, clm=3, match=4, tdec=5,
+  >>> ids = TaskTokens(pad=0, bos=1, eos=2, unk=3, clm=9, match=4, tdec=5,
   ...                  cdec=6, sentinels=())
-  >>> example = causal_lm_example({'tokens': np.array([17, 18, 19])}, ids)
-  >>> example['encoder_input_tokens'].tolist()
-  [3]
-  >>> example['decoder_target_tokens'].tolist()
-  [1, 17, 18, 19, 2]
-  >>> example['decoder_loss_weights'].tolist()
-  [1.0, 1.0, 1.0, 1.0, 1.0]
+  >>> source, target = follow_clm({'tokens': np.array([17, 18, 19])}, ids)
+  >>> source.tolist(), target.tolist()
+  ([9], [1, 17, 18, 19, 2])
 
   Args:
-    row: 'tokens', int32 [length - 2] (length - 1 or length where a vocabulary
-      has no <s>).
+    row: 'tokens', int [length].
     task_tokens: ids by role.
+
+  Returns:
+    Source, int32 [1], and target, int32 of any length.
   """
   before = [] if task_tokens.bos is None else [task_tokens.bos]
-  targets = np.concatenate([before, row['tokens'], [task_tokens.eos]])
-  return {
-      'encoder_input_tokens': np.array([task_tokens.clm], np.int32),
-      'decoder_target_tokens': targets.astype(np.int32),
-      'decoder_loss_weights': np.ones(len(targets), np.float32),
-  }
+  target = np.concatenate([before, row['tokens'], [task_tokens.eos]])
+  return np.array([task_tokens.clm], np.int32), target.astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,19 +50,21 @@ class CausalLM:
   Attributes:
     target_length: tokens of a row, <s> and </s> included; paper: 1024.
     rate: how often it is drawn, relative to the other objectives.
+    first_step: from which on it is drawn.
+    batch_scale: rows of its batches, in multiples of the run's.
     loss_tile_length: positions of each row whose logits exist at a time.
   """
 
   target_length: int = 1024
   rate: float = 1.0
+  first_step: int = 0
+  batch_scale: int = 1
   loss_tile_length: int = 128
 
   name = 'causal_lm'
 
   def __post_init__(self):
-    teacher_forcing.check_lengths(
-        self.loss_tile_length, target_length=self.target_length
-    )
+    teacher_forcing.check_fields(self, target_length=self.target_length)
 
   def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     return teacher_forcing.batch_spec(batch_size, 1, self.target_length)
@@ -83,71 +77,33 @@ class CausalLM:
         model, params, state, batch, key, self.loss_tile_length
     )
 
-  def dataset(
-      self, data_dir: str, split: str, vocabulary: Any
-  ) -> 'grain.MapDataset':
-    """All examples of a split of a corpus folder, in the order of the store."""
-    import grain
-
-    task_tokens = vocabulary.task_tokens
-    rows = _rows(data_dir, split, vocabulary, self.target_length)
-    return grain.MapDataset.source(rows).map(
-        lambda row: causal_lm_example(row, task_tokens)
+  def rows(
+      self, data_dir: str, split: str, vocabulary: 'Vocabulary'
+  ) -> 'TokenRows':
+    """Rows of a split of a corpus folder, by index."""
+    added = 1 if vocabulary.task_tokens.bos is None else 2
+    return token_rows(
+        pathlib.Path(data_dir), vocabulary, split, self.target_length - added
     )
 
+  def source_and_target(
+      self,
+      row: Mapping[str, np.ndarray],
+      generator: np.random.Generator,
+      vocabulary: 'Vocabulary',
+  ) -> tuple[np.ndarray, np.ndarray]:
+    del generator  # Nothing is random.
+    return follow_clm(row, vocabulary.task_tokens)
 
-def _rows(data_dir, split, vocabulary, target_length) -> TokenRows:
-  folder = token_store_folder(pathlib.Path(data_dir), vocabulary, split)
-  added = 1 if vocabulary.task_tokens.bos is None else 2
-  return TokenRows(folder, target_length - added)
-
-
-def register_causal_lm(
-    name: str, data_dir: str, vocabulary: Any, target_length: int = 1024
-) -> None:
-  """Registers the objective as a seqio task over a corpus folder.
-
-  The task makes the very examples the trainer reads, under the names seqio
-  uses: `inputs` and `targets`.
-
-  Args:
-    name: of the task in seqio's registry.
-    data_dir: a corpus folder.
-    vocabulary: the one whose token store is read.
-    target_length: see `CausalLM`.
-  """
-  import seqio
-  import tensorflow as tf
-
-  from codet5p_jax.data.seqio_vocabularies import SeqioVocabulary
-
-  splits = {
-      split: len(_rows(data_dir, split, vocabulary, target_length))
-      for split in ('train', 'validation', 'test')
-  }
-  objective = CausalLM(target_length)
-
-  def examples(split, shuffle_files, seed=None):
-    del shuffle_files, seed  # Rows are read by index, in the store's order.
-
-    def generate():
-      for example in objective.dataset(data_dir, split, vocabulary):
-        yield {
-            'inputs': example['encoder_input_tokens'],
-            'targets': example['decoder_target_tokens'],
-        }
-
-    spec = tf.TensorSpec([None], tf.int32)
-    return tf.data.Dataset.from_generator(
-        generate, output_signature={'inputs': spec, 'targets': spec}
+  def example(
+      self,
+      row: Mapping[str, np.ndarray],
+      generator: np.random.Generator,
+      vocabulary: 'Vocabulary',
+  ) -> dict[str, np.ndarray]:
+    return teacher_forcing.padded_example(
+        *self.source_and_target(row, generator, vocabulary),
+        vocabulary.task_tokens.pad,
+        1,
+        self.target_length,
     )
-
-  feature = seqio.Feature(SeqioVocabulary(vocabulary), add_eos=False)
-  seqio.TaskRegistry.add(
-      name,
-      source=seqio.FunctionDataSource(
-          examples, splits=tuple(splits), num_input_examples=splits
-      ),
-      preprocessors=[],
-      output_features={'inputs': feature, 'targets': feature},
-  )

@@ -13,45 +13,32 @@ from codet5p_jax.errors import UserError
 from codet5p_jax.training import teacher_forcing
 
 if TYPE_CHECKING:
-  import grain
-
-  from codet5p_jax.data.vocabularies import TaskTokens
+  from codet5p_jax.data.vocabularies import TaskTokens, Vocabulary
 
 
-def pair_example(
+def frame_pair(
     source: list[int],
     target: list[int],
     task_tokens: 'TaskTokens',
     source_length: int,
     target_length: int,
-) -> dict[str, np.ndarray]:
-  """Makes an example of two token lists: truncated, framed and padded.
+) -> tuple[np.ndarray, np.ndarray]:
+  """Frames two token lists by <s> and </s>, cut to their lengths.
 
   >>> from codet5p_jax.data.task_tokens import TaskTokens
   >>> ids = TaskTokens(pad=0, bos=1, eos=2, unk=3, clm=3, match=4, tdec=5,
   ...                  cdec=6, sentinels=())
-  >>> example = pair_example([7, 8, 9], [5], ids, 4, 5)
-  >>> example['encoder_input_tokens'].tolist()
-  [1, 7, 8, 2]
-  >>> example['decoder_target_tokens'].tolist()
-  [1, 5, 2, 0, 0]
-  >>> example['decoder_loss_weights'].tolist()
-  [1.0, 1.0, 1.0, 0.0, 0.0]
+  >>> source, target = frame_pair([7, 8, 9], [5], ids, 4, 5)
+  >>> source.tolist(), target.tolist()
+  ([1, 7, 8, 2], [1, 5, 2])
   """
   before = [] if task_tokens.bos is None else [task_tokens.bos]
 
   def frame(tokens, length):
-    framed = before + tokens[: length - len(before) - 1] + [task_tokens.eos]
-    padded = np.full(length, task_tokens.pad, np.int32)
-    padded[: len(framed)] = framed
-    return padded, np.float32(np.arange(length) < len(framed))
+    kept = tokens[: length - len(before) - 1]
+    return np.array([*before, *kept, task_tokens.eos], np.int32)
 
-  targets, weights = frame(target, target_length)
-  return {
-      'encoder_input_tokens': frame(source, source_length)[0],
-      'decoder_target_tokens': targets,
-      'decoder_loss_weights': weights,
-  }
+  return frame(source, source_length), frame(target, target_length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +52,8 @@ class SequenceToSequence:
     source_field: of the source text in each JSON line.
     target_field: of the target text.
     rate: how often it is drawn, relative to the other objectives.
+    first_step: from which on it is drawn.
+    batch_scale: rows of its batches, in multiples of the run's.
     loss_tile_length: positions of each row whose logits exist at a time.
   """
 
@@ -73,13 +62,15 @@ class SequenceToSequence:
   source_field: str = 'source'
   target_field: str = 'target'
   rate: float = 1.0
+  first_step: int = 0
+  batch_scale: int = 1
   loss_tile_length: int = 128
 
   name = 'sequence_to_sequence'
 
   def __post_init__(self):
-    teacher_forcing.check_lengths(
-        self.loss_tile_length,
+    teacher_forcing.check_fields(
+        self,
         source_length=self.source_length,
         target_length=self.target_length,
     )
@@ -97,26 +88,41 @@ class SequenceToSequence:
         model, params, state, batch, key, self.loss_tile_length
     )
 
-  def dataset(
-      self, data_dir: str, split: str, vocabulary: Any
-  ) -> 'grain.MapDataset':
-    """All pairs of a split, in the order of the file."""
-    import grain
-
+  def rows(
+      self, data_dir: str, split: str, vocabulary: 'Vocabulary'
+  ) -> list[dict[str, str]]:
+    """The pairs of a split, in the order of the file."""
+    del vocabulary  # Pairs are texts.
     fields = (self.source_field, self.target_field)
-    pairs = _read_pairs(pathlib.Path(data_dir) / f'{split}.jsonl', fields)
+    return _read_pairs(pathlib.Path(data_dir) / f'{split}.jsonl', fields)
 
-    def example(pair: Mapping[str, str]) -> dict[str, np.ndarray]:
-      source, target = (vocabulary.encode(pair[field]) for field in fields)
-      return pair_example(
-          source,
-          target,
-          vocabulary.task_tokens,
-          self.source_length,
-          self.target_length,
-      )
+  def source_and_target(
+      self,
+      row: Mapping[str, str],
+      generator: np.random.Generator,
+      vocabulary: 'Vocabulary',
+  ) -> tuple[np.ndarray, np.ndarray]:
+    del generator  # Nothing is random.
+    return frame_pair(
+        vocabulary.encode(row[self.source_field]),
+        vocabulary.encode(row[self.target_field]),
+        vocabulary.task_tokens,
+        self.source_length,
+        self.target_length,
+    )
 
-    return grain.MapDataset.source(pairs).map(example)
+  def example(
+      self,
+      row: Mapping[str, str],
+      generator: np.random.Generator,
+      vocabulary: 'Vocabulary',
+  ) -> dict[str, np.ndarray]:
+    return teacher_forcing.padded_example(
+        *self.source_and_target(row, generator, vocabulary),
+        vocabulary.task_tokens.pad,
+        self.source_length,
+        self.target_length,
+    )
 
 
 def _read_pairs(

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from codet5p_jax.errors import require_positive
+from codet5p_jax.training.batches import evaluation_examples
 from codet5p_jax.training.evaluation import evaluate_objectives
 from codet5p_jax.training.run_folder import write_result
 from codet5p_jax.training.trained_model import load_trained_model
@@ -50,7 +51,10 @@ def evaluate(
           o.name: o.init_state(trained.train_step.model, trained.all_params)
           for o in objectives
       },
-      {o.name: o.dataset(data_dir, split, trained.vocabulary) for o in objectives},
+      {
+          o.name: evaluation_examples(o, data_dir, split, trained.vocabulary)
+          for o in objectives
+      },
       batch_count,
   )
   folder = trained.folder.path / 'evaluation' / split

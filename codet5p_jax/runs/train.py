@@ -11,7 +11,11 @@ import jax
 from codet5p_jax.data.vocabularies import Vocabulary, load_vocabulary
 from codet5p_jax.errors import UserError, require_positive
 from codet5p_jax.sharding import make_mesh
-from codet5p_jax.training.batches import TrainBatches
+from codet5p_jax.training.batches import (
+    TrainBatches,
+    evaluation_examples,
+    training_examples,
+)
 from codet5p_jax.training.checkpoints.fingerprint import fingerprint_tree
 from codet5p_jax.training.checkpoints.save import Checkpoints
 from codet5p_jax.training.checkpoints.weights import save_weights
@@ -79,9 +83,13 @@ def train(
   mesh = make_mesh(step_config.mesh_shape)
   train_step = make_train_step(step_config, mesh)
   objectives = step_config.objectives
-  datasets = {
-      split: {o.name: o.dataset(data_dir, split, vocabulary) for o in objectives}
-      for split in ('train', 'validation')
+  training = {
+      o.name: training_examples(o, data_dir, vocabulary, step_config.seed)
+      for o in objectives
+  }
+  validation = {
+      o.name: evaluation_examples(o, data_dir, 'validation', vocabulary)
+      for o in objectives
   }
   identity = _identity(step_config, train_steps, vocabulary, data_dir)
   folder = open_run_folder(
@@ -110,7 +118,7 @@ def train(
           state,
           _Loop(
               train_step=train_step,
-              batches=TrainBatches(step_config, train_step, datasets['train']),
+              batches=TrainBatches(step_config, train_step, training),
               last=train_steps,
               log=log,
               log_every=log_every,
@@ -121,7 +129,7 @@ def train(
                   state.params,
                   state.frozen_params,
                   state.objective_state,
-                  datasets['validation'],
+                  validation,
                   evaluation_batch_count,
               ),
               checkpoint_every=checkpoint_every,

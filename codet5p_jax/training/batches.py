@@ -1,9 +1,10 @@
 """Batches as a pure function of (seed, step).
 
-An objective's examples are shuffled anew for every pass over its split, by the
-seed; step s takes the rows from s * batch_size on. Nothing is remembered
-between steps, so resuming costs nothing and any number of hosts reads the same
-global batch, each only the rows its devices hold.
+An objective's rows are shuffled anew for every pass over its split, by the
+seed; step s takes the examples from s * batch_size on, in multiples of the
+objective's `batch_scale`. What is random in example i follows from the seed and
+i. Nothing is remembered between steps, so resuming costs nothing and any number
+of hosts reads the same global batch, each only the rows its devices hold.
 """
 
 import collections
@@ -15,12 +16,60 @@ from typing import Any
 import jax
 import numpy as np
 
+from codet5p_jax.training.teacher_forcing import without_sentinels
 from codet5p_jax.training.train_step import (
+    Objective,
     StepBatch,
     StepConfig,
     TrainStep,
     microbatch_counts,
 )
+
+
+# Of the random numbers of an evaluation: the same in every run.
+EVALUATION_SEED = 0
+
+
+def example_generator(seed: int, index: int) -> np.random.Generator:
+  """The random numbers that example `index` of a stream is made with."""
+  return np.random.default_rng((seed, index))
+
+
+def training_examples(
+    objective: Objective, data_dir: str, vocabulary: Any, seed: int
+) -> Any:
+  """An endless grain.MapDataset of an objective's examples, by index.
+
+  Every pass over the rows has another order, and draws other random numbers.
+  """
+  import grain
+
+  rows = objective.rows(data_dir, 'train', vocabulary)
+
+  def example(index, row):
+    generator = example_generator(seed, index)
+    return objective.example(row, generator, vocabulary)
+
+  dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+  return dataset.map_with_index(example)
+
+
+def evaluation_examples(
+    objective: Objective, data_dir: str, split: str, vocabulary: Any
+) -> Any:
+  """A grain.MapDataset of a split's examples, in order, each once.
+
+  Sentinels carry no weight, see `without_sentinels`.
+  """
+  import grain
+
+  def example(index, row):
+    generator = example_generator(EVALUATION_SEED, index)
+    made = objective.example(row, generator, vocabulary)
+    return without_sentinels(made, vocabulary.task_tokens.sentinels)
+
+  rows = objective.rows(data_dir, split, vocabulary)
+  return grain.MapDataset.source(rows).map_with_index(example)
 
 
 class TrainBatches:
@@ -36,19 +85,17 @@ class TrainBatches:
       train_step: TrainStep,
       datasets: Mapping[str, Any],
   ):
-    """Shuffles the datasets.
+    """Reads nothing yet.
 
     Args:
       config: gives the seed and the batch size.
       train_step: gives the sharding of a batch.
-      datasets: {objective name: grain.MapDataset of examples}.
+      datasets: {objective name: endless examples}, see `training_examples`.
     """
     self._config = config
     self._sharding = train_step.batch_sharding
-    self._datasets = {
-        name: dataset.seed(config.seed).shuffle().repeat()
-        for name, dataset in datasets.items()
-    }
+    self._datasets = datasets
+    self._objectives = {o.name: o for o in config.objectives}
     self.seconds_waiting = 0.0
 
   def at(self, step: int) -> StepBatch:
@@ -57,11 +104,12 @@ class TrainBatches:
     result = {}
     for name, count in microbatch_counts(config, step).items():
       dataset = self._datasets[name]
-      first = step * config.batch_size
-      shape = (count, config.microbatch_size)
+      rows = config.microbatch_rows(self._objectives[name])
+      first = step * rows * config.num_microbatches
+      shape = (count, rows)
 
-      def row(micro, index, dataset=dataset, first=first):
-        return dataset[first + micro * config.microbatch_size + index]
+      def row(micro, index, dataset=dataset, first=first, rows=rows):
+        return dataset[first + micro * rows + index]
 
       result[name] = _global_arrays(row, shape, self._sharding)
     return result

@@ -1,10 +1,14 @@
-"""Mean losses and accuracies over a split."""
+"""Mean losses and accuracies over a split, and how hard its targets are."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from codet5p_jax.array_typing import Tree
 from codet5p_jax.errors import require_positive
@@ -28,22 +32,27 @@ def evaluate_objectives(
     params: the trainable parameters.
     frozen_params: the others.
     objective_state: {objective name: its state}.
-    datasets: {objective name: grain.MapDataset of examples}.
+    datasets: {objective name: examples}, see `evaluation_examples`.
     num_batches: at most so many batches of each; None for all.
 
   Returns:
-    {"<objective>/<metric>": mean over target tokens}.
+    {"<objective>/<metric>": mean over target tokens}. Among them
+    `unigram_entropy`, the entropy in nats of the frequencies of the very
+    targets: the loss of the best prediction that knows nothing but these.
 
   Raises:
     UserError: fewer than one batch is asked for.
   """
   require_positive(num_batches=num_batches)
+  count_targets = _target_counter(
+      train_step.mesh, train_step.config.model.vocab_size
+  )
   values = {}
   for objective in train_step.config.objectives:
-    sums = None
+    sums = counts = None
     for batch in evaluation_batches(
         datasets[objective.name],
-        train_step.config.microbatch_size,
+        train_step.config.microbatch_rows(objective),
         num_batches,
         train_step,
     ):
@@ -55,6 +64,36 @@ def evaluate_objectives(
           objective,
       )
       sums = metrics if sums is None else jax.tree.map(jnp.add, sums, metrics)
+      if 'decoder_target_tokens' in batch:
+        new = count_targets(
+            batch['decoder_target_tokens'], batch['decoder_loss_weights']
+        )
+        counts = new if counts is None else counts + new
+    if counts is not None:
+      values[f'{objective.name}/unigram_entropy'] = entropy(counts)
     for name, value in means(sums).items():
       values[f'{objective.name}/{name}'] = value
   return values
+
+
+def entropy(counts: npt.ArrayLike) -> float:
+  """Entropy, in nats, of the frequencies of things that were counted.
+
+  >>> round(entropy([2, 1, 0, 1]) / float(np.log(2)), 6)
+  1.5
+  """
+  counts = np.asarray(counts, np.float64)
+  shares = counts[counts > 0] / counts.sum()
+  return float(-np.sum(shares * np.log(shares)))
+
+
+@functools.cache
+def _target_counter(
+    mesh: Mesh, vocab_size: int
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+  """(targets, weights) to the weight of each token id, on all hosts."""
+
+  def count(targets, weights):
+    return jnp.zeros(vocab_size, jnp.float32).at[targets].add(weights)
+
+  return jax.jit(count, out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -3,14 +3,22 @@
 The loss of every objective whose batch is a source and a target.
 """
 
+from collections.abc import Mapping, Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
 
 from codet5p_jax.array_typing import PRNGKey, Scalar, Tree
 from codet5p_jax.errors import UserError, require_positive
 from codet5p_jax.losses import cross_entropy
-from codet5p_jax.training.train_step import Batch, ObjectiveOutput
+from codet5p_jax.training.train_step import (
+    Batch,
+    Objective,
+    ObjectiveOutput,
+)
 
 
 def batch_spec(
@@ -26,6 +34,54 @@ def batch_spec(
       'decoder_target_tokens': spec(target_length, jnp.int32),
       'decoder_loss_weights': spec(target_length, jnp.float32),
   }
+
+
+def padded_example(
+    source: npt.ArrayLike,
+    target: npt.ArrayLike,
+    pad: int,
+    source_length: int,
+    target_length: int,
+) -> dict[str, np.ndarray]:
+  """Pads a source and a target to the lengths of a batch.
+
+  >>> example = padded_example([7, 8], [1, 5, 2], 0, 3, 4)
+  >>> example['encoder_input_tokens'].tolist()
+  [7, 8, 0]
+  >>> example['decoder_target_tokens'].tolist()
+  [1, 5, 2, 0]
+  >>> example['decoder_loss_weights'].tolist()
+  [1.0, 1.0, 1.0, 0.0]
+  """
+
+  def padded(tokens, length):
+    row = np.full(length, pad, np.int32)
+    row[: len(tokens)] = tokens
+    return row
+
+  return {
+      'encoder_input_tokens': padded(source, source_length),
+      'decoder_target_tokens': padded(target, target_length),
+      'decoder_loss_weights': np.float32(
+          np.arange(target_length) < len(target)
+      ),
+  }
+
+
+def without_sentinels(
+    example: Mapping[str, np.ndarray], sentinels: Sequence[int]
+) -> dict[str, np.ndarray]:
+  """Takes the loss weight from sentinels, for evaluation.
+
+  Their order is fixed, so predicting them says nothing about the text.
+
+  >>> example = padded_example([7, 99], [1, 99, 5, 2], 0, 2, 4)
+  >>> without_sentinels(example, [99, 98])['decoder_loss_weights'].tolist()
+  [1.0, 0.0, 1.0, 1.0]
+  """
+  is_sentinel = np.isin(example['decoder_target_tokens'], sentinels)
+  weights = np.where(is_sentinel, 0, example['decoder_loss_weights'])
+  return {**example, 'decoder_loss_weights': np.float32(weights)}
 
 
 def shift_right(targets: jax.Array, start_id: int) -> jax.Array:
@@ -77,17 +133,27 @@ def loss(
   )
 
 
-def check_lengths(loss_tile_length: int, **lengths: int) -> None:
-  """Checks that rows hold a token between <s> and </s>.
+def check_fields(objective: Objective, **lengths: int) -> None:
+  """Checks an objective's fields when it is made.
 
   Args:
-    loss_tile_length: of the objective.
+    objective: with the fields of `Objective` and `loss_tile_length`.
     **lengths: of its rows, by name; macros are their capitals.
 
   Raises:
-    UserError: a length is too small.
+    UserError: a field is too small: a row must hold a token between <s> and
+      </s>.
   """
-  require_positive(loss_tile_length=loss_tile_length)
+  require_positive(
+      loss_tile_length=objective.loss_tile_length,
+      batch_scale=objective.batch_scale,
+  )
+  if objective.rate <= 0 or objective.first_step < 0:
+    raise UserError(
+        f'expected {objective.name} to have a rate above 0 and a first_step of '
+        f'0 or more, found {objective.rate} and {objective.first_step}; mend '
+        f'OBJECTIVES'
+    )
   for name, length in lengths.items():
     if length < 3:
       raise UserError(

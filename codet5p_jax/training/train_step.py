@@ -6,7 +6,7 @@ update from the mean loss over all their target tokens.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import flax.struct
@@ -53,16 +53,29 @@ class ObjectiveOutput:
   state: Tree
 
 
+@runtime_checkable
 class Objective(Protocol):
-  """What a batch must hold, and how it becomes a loss.
+  """How data become examples, what a batch holds, how it becomes a loss.
 
   Attributes:
     name: under which its batches, metrics and state are kept.
     rate: how often it is drawn, relative to the other objectives.
+    first_step: the step from which on it is drawn; 0 for the whole run.
+    batch_scale: rows of its micro-batches, in multiples of the run's.
   """
 
   name: str
   rate: float
+  first_step: int
+  batch_scale: int
+
+  def rows(self, data_dir: str, split: str, vocabulary: Any) -> Sequence[Any]:
+    """The data of a split, by index; an example is made of each row."""
+
+  def example(
+      self, row: Any, generator: np.random.Generator, vocabulary: Any
+  ) -> dict[str, np.ndarray]:
+    """Makes an example: one row of a batch, {feature: [...]}."""
 
   def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a batch, from configuration alone."""
@@ -109,7 +122,8 @@ class StepConfig:
     computation: how the network is computed.
     objectives: those trained together.
     optimizer: see training/optimizers.py.
-    batch_size: rows of a step, over all devices and micro-batches.
+    batch_size: rows of a step, over all devices and micro-batches; an
+      objective may multiply them by its `batch_scale`.
     num_microbatches: parts into which a step's rows are cut to save memory.
     trainable: patterns of parameter paths, see `partition_params`.
     seed: of initial weights, data order and dropout.
@@ -138,6 +152,12 @@ class StepConfig:
           f'expected objectives with names of their own, found {names}; mend '
           f'OBJECTIVES'
       )
+    if min(objective.first_step for objective in self.objectives):
+      raise UserError(
+          f'expected an objective that is trained from step 0 on, found that '
+          f'the first of {", ".join(names)} starts later; set the first_step '
+          f'of one to 0'
+      )
     require_positive(
         batch_size=self.batch_size, num_microbatches=self.num_microbatches
     )
@@ -151,6 +171,10 @@ class StepConfig:
   @property
   def microbatch_size(self) -> int:
     return self.batch_size // self.num_microbatches
+
+  def microbatch_rows(self, objective: Objective) -> int:
+    """Rows of an objective's micro-batches."""
+    return self.microbatch_size * objective.batch_scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,7 +329,7 @@ def step_batch_spec(
               sharding=train_step.batch_sharding,
           )
           for name, spec in objective.batch_spec(
-              config.microbatch_size
+              config.microbatch_rows(objective)
           ).items()
       }
       for objective in config.objectives
@@ -319,9 +343,11 @@ def microbatch_counts(config: StepConfig, step: int) -> dict[str, int]:
   Systematic sampling: one random number places the step's micro-batches at
   equal distances on a circle that the objectives share by their rates. So over
   many steps every objective gets its share, and within a step the micro-batches
-  cycle through the objectives, each within one of its share.
+  cycle through the objectives, each within one of its share. Only objectives
+  whose first step has come take part.
   """
-  rates = np.array([o.rate for o in config.objectives], np.float64)
+  objectives = [o for o in config.objectives if o.first_step <= step]
+  rates = np.array([o.rate for o in objectives], np.float64)
   start = np.random.default_rng((config.seed, step)).random()
   num_microbatches = config.num_microbatches
   places = (start + np.arange(num_microbatches)) / num_microbatches
@@ -329,7 +355,7 @@ def microbatch_counts(config: StepConfig, step: int) -> dict[str, int]:
   drawn = np.searchsorted(borders, places, side='right')
   return {
       objective.name: int(np.sum(drawn == index))
-      for index, objective in enumerate(config.objectives)
+      for index, objective in enumerate(objectives)
       if index in drawn
   }
 

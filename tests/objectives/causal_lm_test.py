@@ -5,11 +5,8 @@ from codet5p_jax.corpus.token_store import write_token_store
 from codet5p_jax.data.task_tokens import TaskTokens
 from codet5p_jax.data.vocabularies import Vocabulary, load_vocabulary
 from codet5p_jax.errors import UserError
-from codet5p_jax.objectives.causal_lm import (
-    CausalLM,
-    causal_lm_example,
-    register_causal_lm,
-)
+from codet5p_jax.objectives.causal_lm import CausalLM, follow_clm
+from codet5p_jax.training.batches import evaluation_examples
 
 FRAMED = TaskTokens(
     pad=0, bos=1, eos=2, unk=3, clm=9, match=4, tdec=5, cdec=6, sentinels=()
@@ -72,12 +69,9 @@ def test_the_encoder_sees_clm_and_the_decoder_learns_the_whole_row(
       'tokens': np.array([7, 2, 8], np.int32),
       'word_starts': np.array([True, True, False]),
   }
-  example = causal_lm_example(row, task_tokens)
-  assert {name: array.tolist() for name, array in example.items()} == {
-      'encoder_input_tokens': [task_tokens.clm],
-      'decoder_target_tokens': expected,
-      'decoder_loss_weights': [1.0] * len(expected),
-  }
+  source, target = follow_clm(row, task_tokens)
+  assert source.tolist() == [task_tokens.clm]
+  assert target.tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -96,8 +90,8 @@ def test_rows_fill_the_target_length_and_follow_one_another(
     tmp_path, task_tokens, expected
 ):
   vocabulary = write_corpus(tmp_path / 'corpus', task_tokens)
-  dataset = CausalLM(target_length=7).dataset(
-      str(tmp_path / 'corpus'), 'train', vocabulary
+  dataset = evaluation_examples(
+      CausalLM(target_length=7), str(tmp_path / 'corpus'), 'train', vocabulary
   )
   assert targets(dataset) == expected
 
@@ -108,7 +102,9 @@ def test_examples_have_the_shapes_that_the_step_is_compiled_for(
 ):
   vocabulary = write_corpus(tmp_path / 'corpus', task_tokens)
   objective = CausalLM(target_length=6)
-  dataset = objective.dataset(str(tmp_path / 'corpus'), 'test', vocabulary)
+  dataset = evaluation_examples(
+      objective, str(tmp_path / 'corpus'), 'test', vocabulary
+  )
   spec = objective.batch_spec(3)
   assert {
       name: ((3, *array.shape), array.dtype)
@@ -121,8 +117,8 @@ def test_targets_laid_end_to_end_are_the_texts_of_the_split(
     small_corpus, source_files, split
 ):
   vocabulary = load_vocabulary(small_corpus / 'vocabulary')
-  dataset = CausalLM(target_length=34).dataset(
-      str(small_corpus), split, vocabulary
+  dataset = evaluation_examples(
+      CausalLM(target_length=34), str(small_corpus), split, vocabulary
   )
   ids = [i for row in targets(dataset) for i in row[1:-1]]
   assert len(ids) == 32 * len(dataset) > 32
@@ -144,87 +140,17 @@ def test_a_corpus_shorter_than_a_row_is_one_clear_line(tmp_path):
   vocabulary = write_corpus(tmp_path / 'corpus', FRAMED)
   objective = CausalLM(target_length=14)
   with pytest.raises(UserError, match='of 12 tokens, found 11') as error:
-    objective.dataset(str(tmp_path / 'corpus'), 'train', vocabulary)
+    objective.rows(str(tmp_path / 'corpus'), 'train', vocabulary)
   assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ('task_tokens', 'length'), [(FRAMED, 2), (UNFRAMED, 1)]
-)
-def test_rows_that_have_no_room_for_a_token_are_refused(
-    tmp_path, task_tokens, length
-):
-  vocabulary = write_corpus(tmp_path / 'corpus', task_tokens)
+def test_rows_that_have_no_room_for_a_token_are_refused():
   with pytest.raises(UserError, match='(?i)target_length'):
-    CausalLM(target_length=length).dataset(
-        str(tmp_path / 'corpus'), 'train', vocabulary
-    )
+    CausalLM(target_length=2)
 
 
 def test_tokens_of_another_vocabulary_are_refused(tmp_path):
   vocabulary = write_corpus(tmp_path / 'corpus', FRAMED)
   vocabulary.fingerprint = 'beef' * 16
   with pytest.raises(UserError, match='expected tokens of vocabulary beefbeef'):
-    CausalLM(8).dataset(str(tmp_path / 'corpus'), 'train', vocabulary)
-
-
-@pytest.fixture
-def task_name():
-  """A name of seqio's registry that is free again afterwards."""
-  import seqio
-
-  name = 'causal_lm_of_a_test'
-  yield name
-  seqio.TaskRegistry.remove(name)
-  assert name not in seqio.TaskRegistry.names()
-
-
-@pytest.mark.parametrize('split', ['train', 'validation', 'test'])
-def test_seqio_gives_exactly_the_examples_of_the_trainer(
-    small_corpus, task_name, split
-):
-  import seqio
-
-  vocabulary = load_vocabulary(small_corpus / 'vocabulary')
-  register_causal_lm(task_name, str(small_corpus), vocabulary, 24)
-  task = seqio.get_mixture_or_task(task_name)
-  found = task.get_dataset(
-      sequence_length={'inputs': 1, 'targets': 24}, split=split, shuffle=False
-  )
-  expected = CausalLM(24).dataset(str(small_corpus), split, vocabulary)
-  assert task.num_input_examples(split) == len(expected) > 2
-  # Each as often as there are examples: strict, so that none is missing.
-  pairs = zip(found.as_numpy_iterator(), expected, strict=True)
-  for theirs, ours in pairs:
-    assert theirs.keys() == {'inputs', 'targets'}
-    for name, feature in (
-        ('inputs', 'encoder_input_tokens'),
-        ('targets', 'decoder_target_tokens'),
-    ):
-      assert theirs[name].dtype == ours[feature].dtype
-      np.testing.assert_array_equal(theirs[name], ours[feature])
-
-
-def test_seqio_gives_the_examples_of_a_vocabulary_without_a_beginning(
-    tmp_path, task_name
-):
-  import seqio
-
-  vocabulary = write_corpus(tmp_path / 'corpus', UNFRAMED)
-  register_causal_lm(task_name, str(tmp_path / 'corpus'), vocabulary, 4)
-  found = seqio.get_mixture_or_task(task_name).get_dataset(
-      sequence_length=None, split='train', shuffle=False
-  )
-  assert [row['targets'].tolist() for row in found.as_numpy_iterator()] == [
-      [11, 12, 13, 50], [14, 15, 50, 50], [21, 22, 23, 50],
-  ]  # fmt: skip
-
-
-def test_importing_the_objective_registers_nothing(small_corpus):
-  import seqio
-
-  names = set(seqio.TaskRegistry.names())
-  CausalLM(24).dataset(
-      str(small_corpus), 'train', load_vocabulary(small_corpus / 'vocabulary')
-  )
-  assert set(seqio.TaskRegistry.names()) == names
+    CausalLM(8).rows(str(tmp_path / 'corpus'), 'train', vocabulary)

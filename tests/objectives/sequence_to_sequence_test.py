@@ -10,8 +10,10 @@ from codet5p_jax.data.vocabularies import load_vocabulary
 from codet5p_jax.errors import UserError
 from codet5p_jax.objectives.sequence_to_sequence import (
     SequenceToSequence,
-    pair_example,
+    frame_pair,
 )
+from codet5p_jax.training.batches import evaluation_examples
+from codet5p_jax.training.teacher_forcing import padded_example
 
 FRAMED = TaskTokens(
     pad=0, bos=1, eos=2, unk=3, clm=3, match=4, tdec=5, cdec=6, sentinels=()
@@ -42,6 +44,11 @@ def write(tmp_path):
     return str(tmp_path)
 
   return lines
+
+
+def pair_example(source, target, task_tokens, *lengths):
+  framed = frame_pair(source, target, task_tokens, *lengths)
+  return padded_example(*framed, task_tokens.pad, *lengths)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +113,7 @@ def test_a_dataset_holds_the_pairs_in_the_order_of_the_file(write, vocabulary):
   pairs = [('def f():', 'Does f.'), ('', ''), ('\u00e9 = "<s>"\n', '\t\u6f22')]
   objective = SequenceToSequence(40, 20, 'code', 'doc')
   folder = write(*({'code': s, 'doc': t, 'id': 7} for s, t in pairs))
-  dataset = objective.dataset(folder, 'train', vocabulary)
+  dataset = evaluation_examples(objective, folder, 'train', vocabulary)
   assert len(dataset) == len(pairs)
   for index, (source, target) in enumerate(pairs):
     example = dataset[index]
@@ -125,7 +132,7 @@ def test_examples_have_the_shapes_that_the_step_is_compiled_for(
     write, vocabulary
 ):
   folder = write({'source': 'a' * 99, 'target': 'b'})
-  [example] = OBJECTIVE.dataset(folder, 'train', vocabulary)
+  [example] = evaluation_examples(OBJECTIVE, folder, 'train', vocabulary)
   spec = OBJECTIVE.batch_spec(3)
   assert {
       name: ((3, *array.shape), array.dtype) for name, array in example.items()
@@ -153,7 +160,7 @@ GOOD = {'source': 'a', 'target': 'b'}
 def test_a_line_that_is_no_pair_is_named(write, vocabulary, line):
   folder = write(GOOD, GOOD, line, GOOD)
   with pytest.raises(UserError, match='in line 3 of .*train.jsonl') as error:
-    OBJECTIVE.dataset(folder, 'train', vocabulary)
+    OBJECTIVE.rows(folder, 'train', vocabulary)
   assert "the texts 'source' and 'target'" in str(error.value)
   assert '\n' not in str(error.value)
 
@@ -161,7 +168,7 @@ def test_a_line_that_is_no_pair_is_named(write, vocabulary, line):
 def test_a_long_line_is_not_quoted_in_full(write, vocabulary):
   folder = write({'source': 'a' * 10_000})
   with pytest.raises(UserError, match='in line 1 of') as error:
-    OBJECTIVE.dataset(folder, 'train', vocabulary)
+    OBJECTIVE.rows(folder, 'train', vocabulary)
   assert len(str(error.value)) < 500
 
 
@@ -172,23 +179,20 @@ def test_missing_and_empty_files_are_one_clear_line(write, vocabulary):
       ('validation', 'validation.jsonl, found no such file; write one JSON'),
   ):
     with pytest.raises(UserError, match=match) as error:
-      OBJECTIVE.dataset(folder, split, vocabulary)
+      OBJECTIVE.rows(folder, split, vocabulary)
     assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('lengths', [(1, 8), (16, 1), (0, 8), (16, -4)])
-def test_lengths_without_room_for_the_frame_are_refused(
-    write, vocabulary, lengths
-):
-  folder = write({'source': 'abc', 'target': 'def'})
+def test_lengths_without_room_for_the_frame_are_refused(lengths):
   with pytest.raises(UserError, match='(?i)_length') as error:
-    SequenceToSequence(*lengths).dataset(folder, 'train', vocabulary)[0]
+    SequenceToSequence(*lengths)
   assert '\n' not in str(error.value)
 
 
 def test_padding_is_no_target(write, vocabulary):
   folder = write(GOOD, {'source': 'a', 'target': 'bb bb bb bb bb bb bb bb bb'})
-  dataset = OBJECTIVE.dataset(folder, 'train', vocabulary)
+  dataset = evaluation_examples(OBJECTIVE, folder, 'train', vocabulary)
   for example in dataset:
     np.testing.assert_array_equal(
         example['decoder_loss_weights'] > 0,

@@ -2,15 +2,27 @@ import collections
 import dataclasses
 import functools
 import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
 import time
+import types
 
 import grain
 import jax
 import numpy as np
 import pytest
 
+from codet5p_jax.errors import UserError
 from codet5p_jax.sharding import make_mesh
-from codet5p_jax.training.batches import TrainBatches, evaluation_batches
+from codet5p_jax.training.batches import (
+    TrainBatches,
+    evaluation_batches,
+    evaluation_examples,
+    training_examples,
+)
 from codet5p_jax.training.optimizers import SGD
 from codet5p_jax.training.train_step import make_train_step, microbatch_counts
 from tests.training import small
@@ -18,6 +30,7 @@ from tests.training import small
 ROWS = 40  # No multiple of the batch size, 16.
 CONFIG = small.step_config(SGD(1.0))
 NAME = small.PAIRS.name
+VOCABULARY = 'a vocabulary'
 
 cached_train_step = functools.cache(make_train_step)
 
@@ -36,10 +49,34 @@ def dataset(rows=ROWS, seen=None):
   return grain.MapDataset.source(range(rows)).map(example)
 
 
+class Numbers:
+  """An objective whose examples are those of `dataset`, by their numbers."""
+
+  name, rate, first_step, batch_scale = 'numbers', 1.0, 0, 1
+  batch_spec = init_state = loss = len  # Not asked for here.
+
+  def __init__(self, source):
+    self._source = source
+
+  def rows(self, data_dir, split, vocabulary):
+    assert (data_dir, split, vocabulary) == ('a folder', 'train', VOCABULARY)
+    return self._source
+
+  def example(self, row, generator, vocabulary):
+    assert vocabulary is VOCABULARY
+    return {**row, 'random': generator.integers(2**40, size=(1,))}
+
+
+def endless(source, config):
+  source = dataset() if source is None else source
+  return training_examples(
+      Numbers(source), 'a folder', VOCABULARY, config.seed
+  )
+
+
 def make_batches(config=CONFIG, mesh=None, source=None):
   train_step = cached_train_step(config, mesh or make_mesh((1, 4, 2)))
-  source = dataset() if source is None else source
-  return TrainBatches(config, train_step, {NAME: source})
+  return TrainBatches(config, train_step, {NAME: endless(source, config)})
 
 
 def numbers(batch):
@@ -116,8 +153,10 @@ def test_objectives_get_their_own_examples_at_their_own_times():
       SGD(1.0), objectives=(small.PAIRS, small.ROWS), num_microbatches=2
   )
   one_each = cached_train_step(config, make_mesh((1, 4, 2)))
-  others = dataset().map(lambda example: {'other': example['number'] + 1000})
-  datasets = {NAME: dataset(), small.ROWS.name: others}
+  others = endless(None, config).map(
+      lambda example: {'other': example['number'] + 1000}
+  )
+  datasets = {NAME: endless(None, config), small.ROWS.name: others}
   batches = TrainBatches(config, one_each, datasets)
   for step in (4, 1):
     batch = batches.at(step)
@@ -197,3 +236,161 @@ def test_an_evaluation_sees_each_example_once_in_order_then_nothing(
     np.testing.assert_array_equal(
         grid, np.broadcast_to(number[..., None], (8, 2, 3))
     )
+
+
+def test_what_is_random_follows_from_the_seed_and_the_place_in_the_stream():
+  examples = endless(None, CONFIG)
+  first = [int(examples[index]['random'][0]) for index in range(3 * ROWS)]
+  # Another pass over the same rows draws other numbers.
+  assert len(set(first)) == 3 * ROWS
+  assert [int(endless(None, CONFIG)[i]['random'][0]) for i in (7, 90)] == [
+      first[7], first[90],
+  ]  # fmt: skip
+  other = dataclasses.replace(CONFIG, seed=CONFIG.seed + 1)
+  assert int(endless(None, other)[7]['random'][0]) != first[7]
+
+
+class Hidden(Numbers):
+  """As `Numbers`, with targets some of which are sentinels."""
+
+  def rows(self, data_dir, split, vocabulary):
+    assert (data_dir, split) == ('a folder', 'test')
+    return self._source
+
+  def example(self, row, generator, vocabulary):
+    return {
+        'decoder_target_tokens': np.array([99, row, 98, row, 0], np.int32),
+        'decoder_loss_weights': np.array([1, 1, 1, 1, 0], np.float32),
+        'random': generator.integers(2**40, size=(1,)),
+    }
+
+
+def test_an_evaluation_draws_the_same_each_time_and_weighs_no_sentinel():
+  vocabulary = types.SimpleNamespace(
+      task_tokens=types.SimpleNamespace(sentinels=(99, 98, 97))
+  )
+
+  def evaluated():
+    examples = evaluation_examples(
+        Hidden(range(10, 15)), 'a folder', 'test', vocabulary
+    )
+    assert len(examples) == 5
+    return [examples[index] for index in range(5)]
+
+  first, again = evaluated(), evaluated()
+  for index, (example, same) in enumerate(zip(first, again, strict=True)):
+    assert example['decoder_target_tokens'][1] == 10 + index
+    assert example['decoder_loss_weights'].tolist() == [0, 1, 0, 1, 0]
+    assert example['random'] == same['random']
+  assert len({int(example['random'][0]) for example in first}) == 5
+
+
+def test_an_objective_may_have_larger_batches():
+  large = dataclasses.replace(small.PAIRS, batch_scale=2)
+  config = small.step_config(
+      SGD(1.0), objectives=(large, small.ROWS), num_microbatches=2
+  )
+  train_step = cached_train_step(config, make_mesh((1, 4, 2)))
+  datasets = {
+      name: endless(None, config) for name in (NAME, small.ROWS.name)
+  }
+  batch = TrainBatches(config, train_step, datasets).at(5)
+  assert batch[NAME]['number'].shape == (1, 16, 1)
+  assert batch[small.ROWS.name]['number'].shape == (1, 8, 1)
+  # Step s starts where step s - 1 would have ended.
+  first = 5 * 2 * config.batch_size
+  assert numbers(batch) == [
+      int(datasets[NAME][first + index]['number'][0]) for index in range(16)
+  ]
+
+
+def test_an_objective_waits_for_its_first_step():
+  config = small.step_config(
+      SGD(1.0),
+      objectives=(small.PAIRS, dataclasses.replace(small.ROWS, first_step=50)),
+  )
+  before = [microbatch_counts(config, step) for step in range(50)]
+  assert before == [{NAME: 1}] * 50
+  after = collections.Counter(
+      name
+      for step in range(50, 450)
+      for name in microbatch_counts(config, step)
+  )
+  assert after.total() == 400
+  assert 160 < after[NAME] < 240
+
+
+def test_some_objective_must_begin_at_once():
+  late = dataclasses.replace(small.PAIRS, first_step=1)
+  with pytest.raises(UserError, match='trained from step 0 on') as error:
+    small.step_config(SGD(1.0), objectives=(late,))
+  assert '\n' not in str(error.value)
+
+
+READER = """
+import json, sys
+import jax
+port, hosts, host = sys.argv[1:]
+jax.config.update('jax_num_cpu_devices', 8 // int(hosts))
+jax.distributed.initialize(f'localhost:{port}', int(hosts), int(host))
+import numpy as np
+from codet5p_jax.data.vocabularies import load_vocabulary
+from codet5p_jax.objectives.span_denoising import SpanDenoising
+from codet5p_jax.sharding import make_mesh
+from codet5p_jax.training.batches import TrainBatches, training_examples
+from codet5p_jax.training.optimizers import SGD
+from codet5p_jax.training.train_step import StepConfig
+import types
+corpus = sys.stdin.read()
+vocabulary = load_vocabulary(f'{corpus}/vocabulary')
+objective = SpanDenoising(source_length=40, target_length=30)
+config = StepConfig(
+    None, [objective], SGD(1.0), batch_size=16, num_microbatches=2, seed=5)
+mesh = make_mesh((1, 8, 1))
+spec = jax.sharding.PartitionSpec(None, ('replica', 'data'))
+step = types.SimpleNamespace(
+    batch_sharding=jax.sharding.NamedSharding(mesh, spec))
+examples = training_examples(objective, corpus, vocabulary, config.seed)
+batches = TrainBatches(config, step, {objective.name: examples})
+for number in (0, 7):
+  for name, array in batches.at(number)[objective.name].items():
+    for shard in array.addressable_shards:
+      first = shard.index[1].start or 0
+      print(json.dumps([number, name, first, np.asarray(shard.data).tolist()]))
+"""
+
+
+def rows_read_by(hosts, corpus):
+  """What each of several hosts reads, put together."""
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  environment = {**os.environ, 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'}
+  readers = [
+      subprocess.Popen(
+          [sys.executable, '-c', READER, str(port), str(hosts), str(host)],
+          stdin=subprocess.PIPE,
+          stdout=subprocess.PIPE,
+          text=True,
+          env=environment,
+      )
+      for host in range(hosts)
+  ]
+  for reader in readers:
+    reader.stdin.write(str(corpus))
+    reader.stdin.close()
+  found = {}
+  for reader in readers:
+    lines = reader.stdout.read().splitlines()
+    assert reader.wait(60) == 0
+    assert len(lines) == 2 * 3 * 8 // hosts
+    for number, name, first, rows in map(json.loads, lines):
+      found[number, name, first] = rows
+  return found
+
+
+def test_any_number_of_hosts_reads_the_same_batches(small_corpus):
+  alone = rows_read_by(1, small_corpus)
+  assert len(alone) == 2 * 3 * 8
+  assert rows_read_by(2, small_corpus) == alone
+  assert rows_read_by(4, small_corpus) == alone

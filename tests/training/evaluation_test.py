@@ -1,4 +1,6 @@
+import collections
 import functools
+import math
 
 import grain
 import jax
@@ -73,11 +75,14 @@ def numpy_means(model, params, batch):
   logits = np.asarray(hidden, np.float64) @ kernel.T * float(head.scale)
   log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   is_target = batch['decoder_loss_weights'] > 0
+  counts = collections.Counter(targets[is_target].tolist())
+  shares = [count / counts.total() for count in counts.values()]
   picked = np.take_along_axis(log_p, targets[..., None], -1)[..., 0]
   return {
       'loss': -picked[is_target].mean(),
       'accuracy': (log_p.argmax(-1) == targets)[is_target].mean(),
       'tokens': is_target.sum(),
+      'unigram_entropy': -sum(share * math.log(share) for share in shares),
   }
 
 
