@@ -48,6 +48,7 @@ SUBCOMMANDS = {
         'compile a training step for a TPU that is not at hand', gin=True,
         flags=('report',)),
     'prepare_corpus': Subcommand('make a corpus folder from source code'),
+    'inspect_data': Subcommand('show decoded examples of a task'),
 }
 
 _WIDTH = 2 + max(map(len, SUBCOMMANDS))

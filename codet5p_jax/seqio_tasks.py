@@ -14,25 +14,22 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from codet5p_jax import stage_1
 from codet5p_jax.corpus.folder import SPLITS
 from codet5p_jax.data.seqio_vocabularies import SeqioVocabulary
 from codet5p_jax.data.vocabularies import load_vocabulary
-from codet5p_jax.objectives.causal_lm import CausalLM
-from codet5p_jax.objectives.seq2seq_causal_lm import Seq2SeqCausalLM
-from codet5p_jax.objectives.span_denoising import SpanDenoising
 from codet5p_jax.training.batches import EVALUATION_SEED, example_generator
 
 # At most so many parts of a split are read, and cached, side by side.
 MAX_SHARDS = 64
 
 STAGE_1 = 'stage_1'
-STAGE_1_OBJECTIVES = (SpanDenoising(), Seq2SeqCausalLM(), CausalLM())
 
 
 def register_stage_1(
     corpus_dir: str,
     vocabulary_dir: str | None = None,
-    objectives: Sequence[Any] = STAGE_1_OBJECTIVES,
+    objectives: Sequence[Any] = stage_1.OBJECTIVES,
     seed: int = EVALUATION_SEED,
 ) -> None:
   """Registers each objective as a task, and their mixture as `stage_1`.

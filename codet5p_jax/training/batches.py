@@ -35,6 +35,16 @@ def example_generator(seed: int, index: int) -> np.random.Generator:
   return np.random.default_rng((seed, index))
 
 
+def training_rows(
+    objective: Objective, data_dir: str, split: str, vocabulary: Any, seed: int
+) -> Any:
+  """A split's rows, endlessly, each pass in an order of its own."""
+  import grain
+
+  rows = objective.rows(data_dir, split, vocabulary)
+  return grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+
+
 def training_examples(
     objective: Objective, data_dir: str, vocabulary: Any, seed: int
 ) -> Any:
@@ -42,16 +52,13 @@ def training_examples(
 
   Every pass over the rows has another order, and draws other random numbers.
   """
-  import grain
-
-  rows = objective.rows(data_dir, 'train', vocabulary)
 
   def example(index, row):
     generator = example_generator(seed, index)
     return objective.example(row, generator, vocabulary)
 
-  dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
-  return dataset.map_with_index(example)
+  rows = training_rows(objective, data_dir, 'train', vocabulary, seed)
+  return rows.map_with_index(example)
 
 
 def evaluation_examples(

@@ -1,0 +1,212 @@
+"""What a task's examples look like, how full they are, how fast they come."""
+
+import dataclasses
+import importlib
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from codet5p_jax import stage_1
+from codet5p_jax.data.vocabularies import load_vocabulary
+from codet5p_jax.errors import UserError, require_positive
+from codet5p_jax.training.batches import example_generator, training_rows
+from codet5p_jax.training.files import local_path
+from codet5p_jax.training.run_folder import RunFolder, read_config, rebuild
+
+_WIDTH = 80
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+  """Something to look at.
+
+  Attributes:
+    name: for the heading.
+    examples: yields {feature: token ids}, without padding.
+    lengths: {feature: tokens of a padded row}; empty where nothing is padded.
+    decode: (feature, token ids) to text, special tokens by name.
+  """
+
+  name: str
+  examples: Iterator[dict[str, np.ndarray]]
+  lengths: dict[str, int]
+  decode: Callable[[str, np.ndarray], str]
+
+
+def inspect_data(
+    data_dir: str | None = None,
+    run_dir: str | None = None,
+    task: str | None = None,
+    module: str | None = None,
+    split: str = 'train',
+    vocabulary_dir: str | None = None,
+    num_examples: int = 2,
+    num_rows: int = 2000,
+) -> None:
+  """Prints decoded examples, how full the rows are, and rows per second.
+
+  Args:
+    data_dir: a corpus folder, looked at as stage 1 with the paper's lengths
+      does; or give run_dir or module.
+    run_dir: the folder of a run, for its own data, objectives and lengths.
+    task: one objective, by default all; with module, the name of any seqio
+      task or mixture that it registers.
+    module: a Python module that registers seqio tasks, such as `my_tasks`.
+    split: of the data.
+    vocabulary_dir: the vocabulary; by default that of the run or the corpus.
+    num_examples: to print of each task.
+    num_rows: rows to measure each task with.
+
+  Raises:
+    UserError: there is no such data or task.
+  """
+  require_positive(num_examples=num_examples, num_rows=num_rows)
+  given = {'data_dir': data_dir, 'run_dir': run_dir, 'module': module}
+  if sum(value is not None for value in given.values()) != 1:
+    found = [f'--{name}' for name, value in given.items() if value is not None]
+    raise UserError(
+        f'expected one of --data_dir, --run_dir and --module, found '
+        f'{" and ".join(found) or "none"}; give one'
+    )
+  if module is not None:
+    tasks = [_seqio_task(module, task, split)]
+  else:
+    tasks = _objectives(data_dir, run_dir, task, split, vocabulary_dir)
+  for each in tasks:
+    _show(each, num_examples, num_rows)
+
+
+def _objectives(
+    data_dir: str | None,
+    run_dir: str | None,
+    task: str | None,
+    split: str,
+    vocabulary_dir: str | None,
+) -> list[_Task]:
+  if run_dir is None:
+    objectives = stage_1.OBJECTIVES
+    vocabulary_dir = vocabulary_dir or f'{data_dir}/vocabulary'
+    seed = 0
+  else:
+    config = rebuild(read_config(run_dir))
+    objectives, seed = config['objectives'], config['seed']
+    data_dir = config['data_dir']
+    vocabulary_dir = (
+        vocabulary_dir or RunFolder(local_path(run_dir)).vocabulary
+    )
+  vocabulary = load_vocabulary(vocabulary_dir)
+  names = [objective.name for objective in objectives]
+  if task is not None and task not in names:
+    raise UserError(
+        f'expected a task among {", ".join(names)}, found {task}; set --task'
+    )
+  return [
+      _objective(objective, data_dir, split, vocabulary, seed)
+      for objective in objectives
+      if task in (None, objective.name)
+  ]
+
+
+def _objective(
+    objective: Any, data_dir: str, split: str, vocabulary: Any, seed: int
+) -> _Task:
+  rows = training_rows(objective, data_dir, split, vocabulary, seed)
+
+  def examples():
+    for index in itertools.count():
+      source, target = objective.source_and_target(
+          rows[index], example_generator(seed, index), vocabulary
+      )
+      yield {'source': source, 'target': target}
+
+  spec = objective.batch_spec(1)
+  return _Task(
+      objective.name,
+      examples(),
+      {
+          'source': spec['encoder_input_tokens'].shape[1],
+          'target': spec['decoder_target_tokens'].shape[1],
+      },
+      lambda _, ids: vocabulary.decode(ids, skip_special_ids=False),
+  )
+
+
+def _seqio_task(module: str, task: str | None, split: str) -> _Task:
+  import seqio
+
+  sys.path.insert(0, os.getcwd())
+  try:
+    importlib.import_module(module)
+  except ModuleNotFoundError as error:
+    if error.name and not f'{module}.'.startswith(f'{error.name}.'):
+      raise
+    raise UserError(
+        f'expected a Python module {module} that registers tasks, found none; '
+        f'give --module as it is imported from here'
+    ) from error
+  names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+  if task not in names:
+    raise UserError(
+        f'expected a task that {module} registers, among '
+        f'{", ".join(sorted(names))}, found {task}; set --task'
+    )
+  found = seqio.get_mixture_or_task(task)
+  if split not in found.splits:
+    raise UserError(
+        f'expected a split of {task} among {", ".join(found.splits)}, found '
+        f'{split}; set --split'
+    )
+  dataset = found.get_dataset(
+      None, split=split, shuffle=True, seed=0, num_epochs=None
+  )
+  features = found.output_features
+
+  def decode(name, ids):
+    vocabulary = features[name].vocabulary
+    inner = getattr(vocabulary, 'vocabulary', None)
+    if inner is not None:
+      return inner.decode(ids, skip_special_ids=False)
+    return vocabulary.decode(ids.tolist())
+
+  examples = (
+      {name: example[name] for name in features}
+      for example in dataset.as_numpy_iterator()
+  )
+  return _Task(task, examples, {}, decode)
+
+
+def _show(task: _Task, num_examples: int, num_rows: int) -> None:
+  """Prints some examples, then measures more."""
+  print(f'{f" {task.name} ":=^{_WIDTH}}')
+  examples = iter(task.examples)
+  for number, example in enumerate(itertools.islice(examples, num_examples)):
+    for name, ids in example.items():
+      title = f' example {number + 1}: {name}, {len(ids)} tokens '
+      print(f'{title:-^{_WIDTH}}')
+      print(task.decode(name, ids))
+  totals: dict[str, int] = {}
+  begin, rows = time.monotonic(), 0
+  for example in tqdm.tqdm(
+      itertools.islice(examples, num_rows), 'measuring', num_rows, unit=' rows'
+  ):
+    rows += 1
+    for name, ids in example.items():
+      totals[name] = totals.get(name, 0) + len(ids)
+  seconds = time.monotonic() - begin
+  print('-' * _WIDTH)
+  for name, total in totals.items():
+    line = f'{name}: {total / rows:.1f} tokens a row on average'
+    if name in task.lengths:
+      length = task.lengths[name]
+      line += f', {total / rows / length:.1%} of the {length} of a padded row'
+    print(line)
+  print(
+      f'{rows / seconds:,.0f} rows/s, {sum(totals.values()) / seconds:,.0f} '
+      f'tokens/s on one core\n'
+  )

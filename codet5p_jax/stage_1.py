@@ -1,0 +1,11 @@
+"""The objectives of stage 1 with the paper's lengths (section 4.2).
+
+For what looks at data without a run; a run takes its own from
+`objectives/stage_1.gin`, which says the same.
+"""
+
+from codet5p_jax.objectives.causal_lm import CausalLM
+from codet5p_jax.objectives.seq2seq_causal_lm import Seq2SeqCausalLM
+from codet5p_jax.objectives.span_denoising import SpanDenoising
+
+OBJECTIVES = (SpanDenoising(), Seq2SeqCausalLM(), CausalLM())
