@@ -10,6 +10,8 @@ import jax
 
 from codet5p_jax.data.vocabularies import Vocabulary, load_vocabulary
 from codet5p_jax.errors import UserError, require_positive
+from codet5p_jax.planning.chips import peak_flops_per_second
+from codet5p_jax.planning.flops import training_flops
 from codet5p_jax.sharding import make_mesh
 from codet5p_jax.training.batches import (
     TrainBatches,
@@ -32,6 +34,7 @@ from codet5p_jax.training.train_step import (
     TrainState,
     TrainStep,
     make_train_step,
+    microbatch_counts,
 )
 
 _logger = logging.getLogger(__name__)
@@ -112,7 +115,18 @@ def train(
       _logger.info('The run in %s is complete.', folder.path)
       return
     _logger.info('Compiling the train step.')
-    log = RunLog(folder, first, train_steps)
+    log = RunLog(
+        folder,
+        first,
+        train_steps,
+        {
+            o.name: training_flops(
+                step_config.model, o.batch_spec(step_config.microbatch_size)
+            )
+            for o in objectives
+        },
+        peak_flops_per_second(mesh.devices.flatten().tolist()),
+    )
     try:
       state = _loop(
           state,
@@ -165,36 +179,44 @@ def _loop(state: TrainState, loop: _Loop) -> TrainState:
   """Makes the steps from the state's own to the last."""
   first = int(state.step)
   pending: collections.deque = collections.deque()
+  seen_counts: list[dict[str, int]] = []  # A step is compiled for each.
 
   def settle(leave: int) -> None:
     # Looks at metrics one step late, so that the device always has the next
     # step at hand while the host reads those of the last.
     while len(pending) > leave:
-      step, metrics = pending.popleft()
+      step, metrics, counts, compiled = pending.popleft()
       values = means(metrics)
       check_finite(step, values)
-      loop.log.advance(values)
+      loop.log.advance(values, counts, compiled)
       if step % loop.log_every == 0 or step == loop.last:
         loop.log.train(
             step,
             values,
+            loop.batches.seconds_waiting,
             learning_rate=float(loop.learning_rate(step - 1)),
-            input_wait_seconds=round(loop.batches.seconds_waiting, 3),
         )
 
   for number, batch in enumerate(loop.batches.read(first, loop.last), first):
+    counts = microbatch_counts(loop.train_step.config, number)
+    compiles = counts not in seen_counts
+    if compiles:
+      seen_counts.append(counts)
+      settle(leave=0)  # Lest the compiling count as time of the step before.
     state, metrics = loop.train_step.step(state, batch)
     step = number + 1
-    pending.append((step, metrics))
-    settle(leave=1)
+    pending.append((step, metrics, counts, compiles))
+    settle(leave=0 if compiles else 1)
     loop.saved.check_for_errors()
     is_last = step == loop.last
     if step % loop.evaluate_every == 0 or is_last:
       settle(leave=0)
-      loop.log.evaluation(step, loop.evaluate(state))
+      with loop.log.pause():
+        loop.log.evaluation(step, loop.evaluate(state))
     if step % loop.checkpoint_every == 0 or is_last:
       settle(leave=0)  # Never saves a state whose loss was not seen.
-      loop.saved.save(step, state, {'step': step}, loop.metadata)
+      with loop.log.pause():
+        loop.saved.save(step, state, {'step': step}, loop.metadata)
   return state
 
 

@@ -86,10 +86,10 @@ def test_a_run_stopped_twice_and_resumed_is_bit_identical(
   log_train = RunLog.train
   for stop in np.sort(np.random.default_rng().choice(range(1, STEPS + 1), 2)):
 
-    def stop_there(self, step, values, stop=stop, **more):
+    def stop_there(self, step, *arguments, stop=stop, **more):
       if step >= stop:
         raise KeyboardInterrupt
-      log_train(self, step, values, **more)
+      log_train(self, step, *arguments, **more)
 
     monkeypatch.setattr(RunLog, 'train', stop_there)
     with pytest.raises(KeyboardInterrupt):

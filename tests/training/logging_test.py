@@ -6,6 +6,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from codet5p_jax.errors import UserError
@@ -16,13 +17,17 @@ from codet5p_jax.training.run_folder import RunFolder
 # What `means` makes of the metrics of a step of two objectives.
 VALUES = {
     'causal_lm/loss': 2.5,
+    'causal_lm/perplexity': 12.2,
     'causal_lm/tokens': 100.0,
     'causal_lm/accuracy': 0.25,
     'pairs/loss': 1.5,
+    'pairs/perplexity': 4.5,
     'pairs/tokens': 20.0,
     'pairs/accuracy': 0.5,
     'grad_norm': 3.0,
 }
+MICROBATCHES = {'causal_lm': 3, 'pairs': 1}
+FLOPS = {'causal_lm': 7_000_000, 'pairs': 4_000_000}  # 25 million a step.
 EVALUATED = {name: v for name, v in VALUES.items() if '/' in name}
 
 
@@ -36,10 +41,22 @@ def clock(monkeypatch):
 
 
 @pytest.fixture
-def log(tmp_path, clock):
-  log = RunLog(RunFolder(tmp_path), first_step=4, last_step=9)
-  yield log
-  log.close()
+def open_log(tmp_path, clock):
+  """Opens a log; by default of devices whose peak is known."""
+  opened = []
+
+  def open_log(flops=FLOPS, peak=1e8):
+    opened.append(RunLog(RunFolder(tmp_path), 4, 9, flops, peak))
+    return opened[-1]
+
+  yield open_log
+  for log in opened:
+    log.close()
+
+
+@pytest.fixture
+def log(open_log):
+  return open_log()
 
 
 def rows(folder):
@@ -57,9 +74,10 @@ def documented_keys():
   }
 
 
-def test_rows_have_the_keys_that_are_documented(log, tmp_path):
-  log.advance(VALUES)
-  log.train(5, VALUES, learning_rate=0.5, input_wait_seconds=0.25)
+def test_rows_have_the_keys_that_are_documented(log, tmp_path, clock):
+  clock.now += 2
+  log.advance(VALUES, MICROBATCHES)
+  log.train(5, VALUES, 0.25, learning_rate=0.5)
   log.evaluation(5, EVALUATED)
   train, evaluation = rows(tmp_path)
   assert train.keys() == documented_keys()
@@ -69,37 +87,91 @@ def test_rows_have_the_keys_that_are_documented(log, tmp_path):
       **VALUES,
       'learning_rate': 0.5,
       'input_wait_seconds': 0.25,
-      'target_tokens_per_second': train['target_tokens_per_second'],
+      'train_seconds': 2.0,
+      'steps_per_second': 0.5,
+      'target_tokens_per_second': 60.0,
+      'mfu': 0.125,
   }
   assert evaluation == {'step': 5, 'kind': 'evaluation', **EVALUATED}
   assert evaluation.keys() < documented_keys()
 
 
-def test_tokens_per_second_count_all_steps_since_the_row_before(
-    log, tmp_path, clock
-):
+def test_rates_count_all_steps_since_the_row_before(log, tmp_path, clock):
   for step, advances, seconds in ((5, 1, 2.0), (8, 3, 4.0), (9, 1, 1.0)):
     for _ in range(advances):
-      log.advance(VALUES)
-    clock.now += seconds
-    log.train(step, VALUES)
-  rates = [row['target_tokens_per_second'] for row in rows(tmp_path)]
-  assert rates == [60.0, 90.0, 120.0]
+      clock.now += seconds / advances
+      log.advance(VALUES, MICROBATCHES)
+    log.train(step, VALUES, 0.0)
+  found = [
+      (row['target_tokens_per_second'], row['steps_per_second'], row['mfu'])
+      for row in rows(tmp_path)
+  ]
+  assert found == [(60, 0.5, 0.125), (90, 0.75, 0.1875), (120, 1, 0.25)]
 
 
-def test_the_time_of_an_evaluation_is_none_of_the_trainings(
+def test_model_flops_are_those_of_the_micro_batches_of_each_step(
     log, tmp_path, clock
 ):
-  log.advance(VALUES)
-  clock.now += 2
-  log.train(5, VALUES)
-  clock.now += 1000
-  log.evaluation(5, EVALUATED)
-  log.advance(VALUES)
-  clock.now += 2
-  log.train(6, VALUES)
-  train = [row for row in rows(tmp_path) if row['kind'] == 'train']
+  for microbatches in ({'causal_lm': 4}, {'pairs': 3}):
+    clock.now += 1
+    log.advance(VALUES, microbatches)
+  log.train(6, VALUES, 0.0)
+  # 28 + 12 million FLOPs in 2 seconds of 100 million a second.
+  assert rows(tmp_path)[0]['mfu'] == 0.2
+
+
+@pytest.mark.parametrize('pauses', [(0,), (1000,), (7, 300)])
+def test_the_time_of_pauses_is_none_of_the_trainings(
+    log, tmp_path, clock, pauses
+):
+  for step in (5, 6):
+    clock.now += 1
+    for seconds in pauses:
+      with log.pause():
+        clock.now += seconds
+    clock.now += 1
+    log.advance(VALUES, MICROBATCHES)
+    log.train(step, VALUES, 0.0)
+  train = rows(tmp_path)
+  assert [row['train_seconds'] for row in train] == [2.0, 2.0]
   assert [row['target_tokens_per_second'] for row in train] == [60.0, 60.0]
+
+
+def test_a_compiled_step_has_no_part_in_the_rates(log, tmp_path, clock):
+  clock.now += 500
+  log.advance(VALUES, MICROBATCHES, compiled=True)
+  log.train(5, VALUES, 0.0)
+  clock.now += 2
+  log.advance(VALUES, MICROBATCHES)
+  clock.now += 300
+  log.advance(VALUES, MICROBATCHES, compiled=True)
+  log.train(7, VALUES, 0.0)
+  first, second = rows(tmp_path)
+  assert first['train_seconds'] == 0
+  assert not {'steps_per_second', 'target_tokens_per_second', 'mfu'} & set(
+      first
+  )
+  assert (second['train_seconds'], second['steps_per_second']) == (2.0, 0.5)
+
+
+def test_waits_for_input_are_those_since_the_row_before(log, tmp_path):
+  for step, waited in ((5, 1.5), (6, 1.5), (7, 4.0)):
+    log.train(step, VALUES, waited)
+  waits = [row['input_wait_seconds'] for row in rows(tmp_path)]
+  assert waits == [1.5, 0.0, 2.5]
+
+
+def test_without_a_peak_there_is_no_mfu(open_log, tmp_path, clock, capsys):
+  log = open_log(peak=None)
+  clock.now += 2
+  log.advance(VALUES, MICROBATCHES)
+  log.train(5, VALUES, 0.0)
+  log.close()
+  assert rows(tmp_path)[0]['mfu'] == 'n/a'
+  assert 'MFU n/a' in capsys.readouterr().err
+  [events] = (tmp_path / 'events').iterdir()
+  assert b'train/steps_per_second' in events.read_bytes()
+  assert b'train/mfu' not in events.read_bytes()
 
 
 def test_an_evaluation_is_told_in_one_line(log, caplog):
@@ -109,33 +181,69 @@ def test_an_evaluation_is_told_in_one_line(log, caplog):
   assert message == 'Step 5, validation: pairs/loss 1.235, pairs/tokens 20'
 
 
-def test_every_number_of_a_row_goes_to_tensorboard(log, tmp_path):
-  log.train(5, VALUES, learning_rate=0.5)
+def test_every_number_of_a_row_goes_to_tensorboard(log, tmp_path, clock):
+  clock.now += 2
+  log.advance(VALUES, MICROBATCHES)
+  log.train(5, VALUES, 0.0, learning_rate=0.5)
   log.evaluation(5, EVALUATED)
   log.close()
   [events] = (tmp_path / 'events').iterdir()
   content = events.read_bytes()
-  names = [f'train/{name}' for name in [*VALUES, 'learning_rate']]
+  names = [f'train/{name}' for name in [*VALUES, 'learning_rate', 'mfu']]
   names += [f'evaluation/{name}' for name in EVALUATED]
   for name in names:
     assert name.encode() in content, name
 
 
-def test_the_bar_begins_where_the_run_goes_on(tmp_path, capsys):
-  log = RunLog(RunFolder(tmp_path), first_step=4, last_step=9)
-  log.advance(VALUES)
-  log.train(5, VALUES)
+def last_bar(capsys):
+  return capsys.readouterr().err.strip().rsplit('\r', 1)[-1]
+
+
+def test_the_bar_begins_where_the_run_goes_on(open_log, clock, capsys):
+  log = open_log()
+  clock.now += 2
+  log.advance(VALUES, MICROBATCHES)
+  log.train(5, VALUES, 0.0)
   log.close()
-  bar = capsys.readouterr().err.strip().rsplit('\r', 1)[-1]
+  bar = last_bar(capsys)
   assert '5/9' in bar
-  assert 'loss 2.500 1.500' in bar
+  assert 'loss causal 2.500 pairs 1.500, 60 tokens/s, MFU 12.5 %' in bar
+
+
+def test_the_bar_names_a_single_objective_not_at_all(open_log, capsys):
+  log = open_log(flops={'pairs': 4_000_000})
+  log.train(5, {'pairs/loss': 1.5}, 0.0)
+  log.close()
+  assert 'loss 1.500]' in last_bar(capsys)
+
+
+def test_the_bar_keeps_the_losses_that_a_step_does_not_have(
+    open_log, capsys
+):
+  log = open_log()
+  log.train(5, {'causal_lm/loss': 2.5}, 0.0)
+  log.train(6, {'pairs/loss': 1.5}, 0.0)
+  log.close()
+  assert 'loss causal 2.500 pairs 1.500' in last_bar(capsys)
+
+
+def test_short_names_tell_all_objectives_apart():
+  names = ['span_denoising', 'seq2seq_causal_lm', 'causal_lm', 'sequence_lm']
+  assert list(run_logging.short_names(names).values()) == [
+      'span',
+      'seq2seq',
+      'causal',
+      'sequence',
+  ]
+  names = ['causal', 'causal_lm', 'causal_lm_long']
+  assert list(run_logging.short_names(names).values()) == names
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(jax, 'process_index', lambda: 1)
-  log = RunLog(RunFolder(tmp_path), 0, 9)
-  log.advance(VALUES)
-  log.train(1, VALUES)
+  log = RunLog(RunFolder(tmp_path), 0, 9, FLOPS, None)
+  log.advance(VALUES, MICROBATCHES)
+  log.train(1, VALUES, 0.0)
   log.evaluation(1, EVALUATED)
   log.close()
   assert not list(tmp_path.iterdir())
@@ -151,6 +259,7 @@ def test_means_divide_sums_by_weights_and_count_tokens():
   values = means(metrics)
   assert values == {
       'pairs/loss': 1.5,
+      'pairs/perplexity': math.exp(1.5),
       'pairs/tokens': 20.0,
       'pairs/accuracy': 0.25,
       'grad_norm': 3.0,
@@ -160,12 +269,26 @@ def test_means_divide_sums_by_weights_and_count_tokens():
 
 def test_metrics_of_one_objective_have_no_prefix():
   metrics = {'loss': (jnp.float32(30.0), jnp.float32(20.0))}
-  assert means(metrics) == {'loss': 1.5, 'tokens': 20.0}
+  assert means(metrics) == {
+      'loss': 1.5,
+      'perplexity': math.exp(1.5),
+      'tokens': 20.0,
+  }
+
+
+def test_a_perplexity_is_finite_however_large_the_loss():
+  metrics = {'pairs/loss': (jnp.float32(1e30), jnp.float32(2.0))}
+  perplexity = means(metrics)['pairs/perplexity']
+  assert np.isfinite(np.float32(perplexity)) and perplexity > 1e30
 
 
 def test_the_mean_of_nothing_is_0():
   metrics = {'pairs/loss': (jnp.float32(0.0), jnp.float32(0.0))}
-  assert means(metrics) == {'pairs/loss': 0.0, 'pairs/tokens': 0.0}
+  assert means(metrics) == {
+      'pairs/loss': 0.0,
+      'pairs/perplexity': 1.0,
+      'pairs/tokens': 0.0,
+  }
 
 
 @pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
