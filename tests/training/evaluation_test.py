@@ -80,6 +80,7 @@ def numpy_means(model, params, batch):
   picked = np.take_along_axis(log_p, targets[..., None], -1)[..., 0]
   return {
       'loss': -picked[is_target].mean(),
+      'perplexity': np.exp(-picked[is_target].mean()),
       'accuracy': (log_p.argmax(-1) == targets)[is_target].mean(),
       'tokens': is_target.sum(),
       'unigram_entropy': -sum(share * math.log(share) for share in shares),
