@@ -1,18 +1,26 @@
-"""Continues prompts with a trained model."""
+"""Continues prompts, or fills their gaps, with a trained model."""
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from codet5p_jax.decoding.greedy import greedy_decode
+from codet5p_jax.decoding.infilling import (
+    gap_answers,
+    infilling_source,
+    split_at_gaps,
+)
 from codet5p_jax.errors import UserError
 from codet5p_jax.training.run_folder import write_result
 from codet5p_jax.training.trained_model import TrainedModel, load_trained_model
 
 _logger = logging.getLogger(__name__)
 
-MODES = ('decoder_only', 'encoder_decoder')
+MODES = ('decoder_only', 'encoder_decoder', 'seq2seq_causal_lm', 'infill')
+# In these the text follows the prompt.
+_CONTINUING_MODES = ('decoder_only', 'seq2seq_causal_lm')
 
 
 def generate(
@@ -23,22 +31,31 @@ def generate(
     mesh_shape: Sequence[int] = (1, -1, 1),
     operative_config: Callable[[], str] | None = None,
 ) -> list[str]:
-  """Prints the likeliest continuation of each prompt, token by token.
+  """Prints the likeliest text for each prompt, token by token.
+
+  The texts also go to `generation/outputs.jsonl` in the run's folder, a JSON
+  object a line: `prompt`, `mode`, `text` as returned, and `step`, the updates
+  that the weights had seen. It holds the newest call of each mode.
 
   Args:
     prompts: texts.
     run_dir: the folder of a trained run.
     mode: "decoder_only" gives the prompt to the decoder, which continues it;
-      "encoder_decoder" gives it to the encoder, and the decoder answers.
-    max_new_tokens: tokens to generate at most.
+      "seq2seq_causal_lm" gives it to the encoder, and the decoder continues
+      it; "encoder_decoder" gives it to the encoder, and the decoder answers;
+      "infill" fills the gaps of a prompt, marked <extra_id_0>, <extra_id_1>
+      and so on. A model does well in the forms that it was trained on.
+    max_new_tokens: tokens to generate at most, those of all gaps together.
     mesh_shape: (replica, data, model).
     operative_config: gives the configuration that replays this run.
 
   Returns:
-    The generated texts, without the prompts.
+    The generated texts: without the prompts, but of "infill" the prompts with
+    their gaps filled.
 
   Raises:
-    UserError: there is no prompt, or the run folder is not what it should be.
+    UserError: there is no prompt, or one without a gap to fill, or the run
+      folder is not what it should be.
   """
   if not prompts or not all(prompts):
     raise UserError(
@@ -54,13 +71,20 @@ def generate(
         f'expected to generate at least one token, found {max_new_tokens}; set '
         f'MAX_NEW_TOKENS'
     )
+  if mode == 'infill':
+    for prompt in prompts:
+      split_at_gaps(prompt)  # A prompt without a gap is told before all else.
   trained = load_trained_model(run_dir, mesh_shape)
   texts = []
   for prompt in prompts:
-    text = _continue(trained, prompt, mode, max_new_tokens)
+    if mode == 'infill':
+      text = _fill(trained, prompt, max_new_tokens)
+    else:
+      text = _continue(trained, prompt, mode, max_new_tokens)
     texts.append(text)
-    print(prompt + text if mode == 'decoder_only' else text)
+    print(prompt + text if mode in _CONTINUING_MODES else text)
     print()
+  _write_outputs(trained, prompts, mode, texts)
   if operative_config is not None:
     folder = trained.folder.path / 'generation'
     write_result(folder / 'operative_config.gin', operative_config())
@@ -72,15 +96,41 @@ def _continue(
     trained: TrainedModel, prompt: str, mode: str, max_new_tokens: int
 ) -> str:
   task_tokens = trained.vocabulary.task_tokens
-  model = trained.train_step.model
   tokens = trained.vocabulary.encode(prompt)
-  before = [] if task_tokens.bos is None else [task_tokens.bos]
-  if mode == 'decoder_only':
-    source = [task_tokens.clm]
-    given = [model.config.decoder_start_id, *before, *tokens]
-  else:
-    source = [*before, *tokens, task_tokens.eos]
-    given = [model.config.decoder_start_id, *before]
+  begin = [] if task_tokens.bos is None else [task_tokens.bos]
+  source, target = {
+      'decoder_only': ([task_tokens.clm], [*begin, *tokens]),
+      'seq2seq_causal_lm': ([task_tokens.clm, *begin, *tokens], begin),
+      'encoder_decoder': ([*begin, *tokens, task_tokens.eos], begin),
+  }[mode]
+  generated = _generate(trained, source, target, max_new_tokens)
+  return trained.vocabulary.decode(generated)
+
+
+def _fill(trained: TrainedModel, prompt: str, max_new_tokens: int) -> str:
+  vocabulary = trained.vocabulary
+  task_tokens = vocabulary.task_tokens
+  texts = split_at_gaps(prompt)
+  begin = [] if task_tokens.bos is None else [task_tokens.bos]
+  first = task_tokens.sentinel(0)
+  source = infilling_source(texts, vocabulary)
+  generated = _generate(trained, source, [*begin, first], max_new_tokens)
+  answers = gap_answers([first, *generated], task_tokens)
+  filled = texts[0]
+  for gap, text in enumerate(texts[1:]):
+    filled += vocabulary.decode(answers.get(gap, [])) + text
+  return filled
+
+
+def _generate(
+    trained: TrainedModel,
+    source: Sequence[int],
+    target: Sequence[int],
+    max_new_tokens: int,
+) -> list[int]:
+  """Tokens that follow the beginning of a target, the end token included."""
+  model = trained.train_step.model
+  given = [model.config.decoder_start_id, *target]
   row = np.full((1, len(given) + max_new_tokens), -1, np.int32)
   row[0, : len(given)] = given
   decoded = greedy_decode(
@@ -88,7 +138,24 @@ def _continue(
       trained.all_params,
       np.array([source], np.int32),
       row,
-      task_tokens.eos,
+      trained.vocabulary.task_tokens.eos,
   )
-  generated = [int(t) for t in np.asarray(decoded)[0, len(given) :] if t >= 0]
-  return trained.vocabulary.decode(generated)
+  return [int(t) for t in np.asarray(decoded)[0, len(given) :] if t >= 0]
+
+
+def _write_outputs(
+    trained: TrainedModel,
+    prompts: Sequence[str],
+    mode: str,
+    texts: Sequence[str],
+) -> None:
+  path = trained.folder.path / 'generation' / 'outputs.jsonl'
+  rows = []
+  if path.exists():
+    lines = path.read_text(encoding='utf-8').splitlines()
+    rows = [row for row in map(json.loads, lines) if row['mode'] != mode]
+  rows += [
+      {'prompt': prompt, 'mode': mode, 'text': text, 'step': trained.step}
+      for prompt, text in zip(prompts, texts, strict=True)
+  ]
+  write_result(path, ''.join(f'{json.dumps(row)}\n' for row in rows))
