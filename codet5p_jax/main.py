@@ -42,11 +42,12 @@ SUBCOMMANDS = {
     'train': Subcommand('pretrain or fine-tune a model', gin=True),
     'evaluate': Subcommand('score a trained model on a task', gin=True),
     'generate': Subcommand(
-        'complete prompts with a trained model', gin=True,
+        'complete prompts, or fill their gaps, with a trained model', gin=True,
         words=('prompts...',)),
     'precompile': Subcommand(
         'compile a training step for a TPU that is not at hand', gin=True,
         flags=('report',)),
+    'report': Subcommand('tell in words and curves how a run went'),
     'prepare_corpus': Subcommand('make a corpus folder from source code'),
     'inspect_data': Subcommand('show decoded examples of a task'),
 }

@@ -21,7 +21,7 @@ DEPRECATED = {
 }
 HEAVY = (
     'tensorflow', 'tensorflow_datasets', 'torch', 'transformers', 'seqio',
-    'gin', 'grain',
+    'gin', 'grain', 'matplotlib',
 )
 # What a notebook imports to use the networks and to train them.
 LIGHT = (

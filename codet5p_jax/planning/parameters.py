@@ -33,6 +33,19 @@ def count(shapes: dict[str, tuple[int, ...]]) -> int:
   return sum(math.prod(shape) for shape in shapes.values())
 
 
+def count_by_part(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+  """The number of parameters of each part: the first word of their paths.
+
+  >>> count_by_part({'encoder/a': (2, 3), 'encoder/b': (4,), 'decoder/a': (5,)})
+  {'encoder': 10, 'decoder': 5}
+  """
+  parts: dict[str, int] = {}
+  for path, shape in shapes.items():
+    part = path.split('/', 1)[0]
+    parts[part] = parts.get(part, 0) + math.prod(shape)
+  return parts
+
+
 def _is_boxed(path: tuple[str, ...], leaf: Any) -> bool:
   del path
   return isinstance(leaf, nn.Partitioned)

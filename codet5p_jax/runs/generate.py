@@ -13,7 +13,7 @@ from codet5p_jax.decoding.infilling import (
     split_at_gaps,
 )
 from codet5p_jax.errors import UserError
-from codet5p_jax.training.run_folder import write_result
+from codet5p_jax.training.run_folder import read_metrics, write_result
 from codet5p_jax.training.trained_model import TrainedModel, load_trained_model
 
 _logger = logging.getLogger(__name__)
@@ -150,10 +150,7 @@ def _write_outputs(
     texts: Sequence[str],
 ) -> None:
   path = trained.folder.path / 'generation' / 'outputs.jsonl'
-  rows = []
-  if path.exists():
-    lines = path.read_text(encoding='utf-8').splitlines()
-    rows = [row for row in map(json.loads, lines) if row['mode'] != mode]
+  rows = [row for row in read_metrics(path) if row['mode'] != mode]
   rows += [
       {'prompt': prompt, 'mode': mode, 'text': text, 'step': trained.step}
       for prompt, text in zip(prompts, texts, strict=True)

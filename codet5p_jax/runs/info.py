@@ -1,6 +1,5 @@
 """What a model is made of: parameters by part, trainable and frozen."""
 
-import collections
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +7,11 @@ from typing import Any
 import flax.traverse_util
 import jax
 
-from codet5p_jax.planning.parameters import count, parameter_shapes
+from codet5p_jax.planning.parameters import (
+    count,
+    count_by_part,
+    parameter_shapes,
+)
 from codet5p_jax.training.partition import partition_params
 
 
@@ -39,15 +42,9 @@ def _print_parts(
   selected = flax.traverse_util.flatten_dict(
       partition_params(nested, trainable)[0], sep='/'
   )
-  parts = collections.Counter()
-  trained = collections.Counter()
-  for path, shape in shapes.items():
-    part = path.split('/', 1)[0]
-    parts[part] += count({path: shape})
-    trained[part] += count({path: shape}) if path in selected else 0
+  parts, trained = count_by_part(shapes), count_by_part(selected)
+  parts['total'], trained['total'] = count(shapes), count(selected)
   print(f'{"part":34}{"parameters":>16}{"trainable":>16}{"frozen":>16}')
-  rows = [*parts, None]
-  for part in rows:
-    total = parts[part] if part else parts.total()
-    train = trained[part] if part else trained.total()
-    print(f'{part or "total":34}{total:16,}{train:16,}{total - train:16,}')
+  for part, total in parts.items():
+    train = trained.get(part, 0)
+    print(f'{part:34}{total:16,}{train:16,}{total - train:16,}')

@@ -130,11 +130,20 @@ def write_text(path: Path, text: str) -> None:
   Raises:
     OSError: as for `write_json`.
   """
+  write_bytes(path, text.encode('utf-8'))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+  """Replaces a file atomically.
+
+  Raises:
+    OSError: as for `write_json`.
+  """
   # Named by chance, so that two writers never share a half-written file.
   beside = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
   try:
-    with open(beside, 'w', encoding='utf-8', newline='\n') as file:
-      file.write(text)
+    with open(beside, 'wb') as file:
+      file.write(content)
       file.flush()
       os.fsync(file.fileno())
     os.replace(beside, path)

@@ -6,6 +6,9 @@
     events/           for TensorBoard
     checkpoints/      one folder per step
     model/            weights alone
+    evaluation/       <split>/metrics.json, by `evaluate`
+    generation/       outputs.jsonl, by `generate`
+    report.md         what happened, in words; its curves are in report/
 
 The `format_version` of config.json covers the whole folder, the schema of
 metrics.jsonl included.
@@ -24,6 +27,7 @@ from codet5p_jax.training.files import (
     explaining_storage_faults,
     local_path,
     read_json,
+    write_bytes,
     write_json,
     write_text,
 )
@@ -220,12 +224,12 @@ def rebuild(description: Any) -> Any:
   return kind(**{field: rebuild(entry) for field, entry in fields.items()})
 
 
-def write_result(path: Path, content: str | Mapping[str, Any]) -> None:
-  """Writes a text, or JSON values, with the folders above it.
+def write_result(path: Path, content: str | bytes | Mapping[str, Any]) -> None:
+  """Writes a text, bytes, or JSON values, with the folders above the file.
 
   Args:
     path: the file in a run folder; replaced only by the whole new one.
-    content: a text as it is; anything else as `write_json` takes it.
+    content: a text or bytes as they are; others as `write_json` takes them.
 
   Raises:
     UserError: the disk is full or the folder not writable.
@@ -236,6 +240,8 @@ def write_result(path: Path, content: str | Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, str):
       write_text(path, content)
+    elif isinstance(content, bytes):
+      write_bytes(path, content)
     else:
       write_json(path, content)
 
@@ -275,12 +281,42 @@ def trim_metrics(path: Path, step: int) -> None:
   """
   if not path.exists():
     return
+  kept = [
+      line
+      for line, row in _parse_lines(path)
+      if not isinstance(row, dict) or row.get('step', step) <= step
+  ]
+  with explaining_storage_faults(
+      f'cannot write {path}', 'free space or mend its permissions'
+  ):
+    write_text(path, ''.join(f'{line}\n' for line in kept))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+  """Reads the rows of metrics.jsonl, or of another file of rows.
+
+  A last line that is half-written, by a run that was killed or goes on, is
+  left out.
+
+  Args:
+    path: may be missing.
+
+  Raises:
+    UserError: another line is not JSON.
+  """
+  if not path.exists():
+    return []
+  return [row for _, row in _parse_lines(path) if isinstance(row, dict)]
+
+
+def _parse_lines(path: Path) -> list[tuple[str, Any]]:
+  """Returns (line, value) of each line but a half-written last one."""
   text = path.read_text(encoding='utf-8', errors='replace')
   lines = text.removesuffix('\n').split('\n')
-  kept = []
+  parsed = []
   for number, line in enumerate(lines, start=1):
     try:
-      row = json.loads(line)
+      parsed.append((line, json.loads(line)))
     except ValueError as error:
       if number == len(lines):
         break
@@ -288,12 +324,7 @@ def trim_metrics(path: Path, step: int) -> None:
           f'expected JSON in line {number} of {path}, found {line[:40]!r}; '
           f'delete that line'
       ) from error
-    if not isinstance(row, dict) or row.get('step', step) <= step:
-      kept.append(line)
-  with explaining_storage_faults(
-      f'cannot write {path}', 'free space or mend its permissions'
-  ):
-    write_text(path, ''.join(f'{line}\n' for line in kept))
+  return parsed
 
 
 def _find_class(name: str) -> type | None:

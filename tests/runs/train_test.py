@@ -113,6 +113,14 @@ def checkpoint_arrays(folder):
   return json.loads((folder / 'metadata' / 'metadata').read_text())['arrays']
 
 
+def test_only_steps_that_needed_no_compiling_have_a_speed(undisturbed):
+  lines = (undisturbed / 'metrics.jsonl').read_text().splitlines()
+  train_rows = [r for r in map(json.loads, lines) if r['kind'] == 'train']
+  assert [row.get('mfu') for row in train_rows] == [None] + ['n/a'] * 6
+  assert train_rows[0]['train_seconds'] == 0
+  assert all(row['steps_per_second'] > 0 for row in train_rows[1:])
+
+
 def test_a_finished_run_is_left_as_it_is(config, small_corpus, undisturbed):
   before = {
       path: path.stat().st_mtime_ns

@@ -1,0 +1,390 @@
+"""What a run did, in words and curves for whoever ran it."""
+
+import dataclasses
+import json
+import logging
+import pathlib
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from codet5p_jax.corpus.folder import METADATA
+from codet5p_jax.errors import UserError
+from codet5p_jax.planning.parameters import (
+    count,
+    count_by_part,
+    parameter_shapes,
+)
+from codet5p_jax.planning.pod_command import pod_commands
+from codet5p_jax.training.curves import draw_losses, draw_throughput, series
+from codet5p_jax.training.files import read_json
+from codet5p_jax.training.run_folder import (
+    RunFolder,
+    read_config,
+    read_metrics,
+    rebuild,
+    write_result,
+)
+
+_logger = logging.getLogger(__name__)
+
+_CONTENTS = {
+    'report.md': 'this report; the curves are in `report/`',
+    'config.json': 'the model, its objectives and how they were trained',
+    'operative_config.gin': 'the same as a gin file, which replays the run',
+    'metrics.jsonl': 'losses and speed by step, one JSON object a line',
+    'events': 'the same for TensorBoard',
+    'checkpoints': 'from which a stopped run goes on',
+    'model': 'the weights, for `codet5p evaluate` and `codet5p generate`',
+    'vocabulary': 'the vocabulary the model reads and writes with',
+    'evaluation': 'what `codet5p evaluate` measured, by split',
+    'generation': 'what `codet5p generate` wrote',
+}
+
+_EXPLANATION = '''\
+The loss is the mean surprise of the model at each token it has to predict, in
+nats: 0 for one that is always certain and right. The perplexity is the number
+of equally likely tokens that would surprise as much, and the accuracy is the
+share of tokens that the model found likeliest. The unigram entropy is the loss
+of the best guess that knows how frequent each token is and does not read the
+text: a model that has learned anything of code ends below it.'''
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+  """What is known of a run.
+
+  Attributes:
+    folder: of the run.
+    config: config.json, rebuilt.
+    rows: of metrics.jsonl.
+    evaluations: {where it was measured: {"<objective>/<metric>": value}}.
+    outputs: rows of generation/outputs*.jsonl.
+    corpus: metadata of the corpus; None where the data is none.
+  """
+
+  folder: RunFolder
+  config: Mapping[str, Any]
+  rows: Sequence[Mapping[str, Any]]
+  evaluations: Mapping[str, Mapping[str, Any]]
+  outputs: Sequence[Mapping[str, Any]]
+  corpus: Mapping[str, Any] | None
+
+  @property
+  def objectives(self) -> list[str]:
+    return [objective.name for objective in self.config['objectives']]
+
+  @property
+  def last_step(self) -> int:
+    return self.rows[-1]['step']
+
+
+def report(run_dir: str) -> None:
+  """Writes report.md and its curves into the folder of a run; prints a summary.
+
+  A run that is still going or was stopped is reported as far as it came.
+
+  Args:
+    run_dir: the folder of a run.
+
+  Raises:
+    UserError: the folder is none of a run, or nothing was trained yet, or it
+      cannot be written.
+  """
+  run = _read(run_dir)
+  entropies = {}
+  for values in run.evaluations.values():
+    for name in run.objectives:
+      entropy = values.get(f'{name}/unigram_entropy')
+      if entropy is not None:
+        entropies.setdefault(name, entropy)  # That of the validation split.
+  path = run.folder.path
+  write_result(
+      path / 'report' / 'loss.png',
+      draw_losses(run.rows, run.objectives, entropies),
+  )
+  write_result(path / 'report' / 'throughput.png', draw_throughput(run.rows))
+  table = _loss_table(run)
+  sections = [
+      f'# Report on {path}',
+      _paragraph(_state(run)),
+      '## How good the model is',
+      _EXPLANATION,
+      table or 'The run was not evaluated yet.',
+      '![losses over the steps](report/loss.png)',
+      *_samples(run),
+      '## What was trained',
+      _model(run),
+      _data(run),
+      '## How long it took',
+      _paragraph(_speed(run)),
+      '![tokens a second over the steps](report/throughput.png)',
+      '## What lies in this folder',
+      '\n'.join(
+          f'- `{name}`: {words}'
+          for name, words in _CONTENTS.items()
+          if name == 'report.md' or (path / name).exists()
+      ),
+      '## The same on a TPU slice',
+      _paragraph(
+          'The same objectives at the size of CodeT5+ 220M. In a checkout of '
+          'codet5p_jax, with the settings of the paper, as the gin files say:'
+      ),
+      _fenced(_commands(run), 'sh'),
+  ]
+  write_result(path / 'report.md', '\n\n'.join(sections) + '\n')
+  print(f'{_paragraph(_state(run))}\n\n{table or "Not evaluated yet."}\n')
+  _logger.info('The report is in %s.', path / 'report.md')
+
+
+def _read(run_dir: str) -> _Run:
+  config = rebuild(read_config(run_dir))
+  folder = RunFolder(pathlib.Path(run_dir).expanduser())
+  rows = read_metrics(folder.metrics)
+  if not any(row.get('kind') == 'train' for row in rows):
+    raise UserError(
+        f'expected rows of training in {folder.metrics}, found none; start the '
+        f'run, or wait for its first row'
+    )
+  evaluations = {}
+  in_training = [row for row in rows if row.get('kind') == 'evaluation']
+  if in_training:
+    name = f'validation, in training at step {in_training[-1]["step"]}'
+    evaluations[name] = in_training[-1]
+  for path in sorted(folder.path.glob('evaluation/*/metrics.json')):
+    values = read_json(path)
+    evaluations[f'{path.parent.name}, at step {values.get("step")}'] = values
+  outputs = [
+      row
+      for path in sorted(folder.path.glob('generation/outputs*.jsonl'))
+      for row in read_metrics(path)
+  ]
+  corpus = _corpus_metadata(pathlib.Path(config['data_dir']))
+  return _Run(folder, config, rows, evaluations, outputs, corpus)
+
+
+def _corpus_metadata(data_dir: pathlib.Path) -> dict[str, Any] | None:
+  try:
+    metadata = json.loads((data_dir / METADATA).read_text(encoding='utf-8'))
+  except (OSError, ValueError):
+    return None  # Pairs have none; and a corpus may have been moved away.
+  return metadata if isinstance(metadata, dict) else None
+
+
+def _state(run: _Run) -> str:
+  """What was trained and how far, in a sentence or two."""
+  parameters = _rounded(count(_shapes(run)))
+  wanted = run.config['train_steps']
+  text = (
+      f'A model of {parameters} parameters was trained for {run.last_step:,} of '
+      f'{wanted:,} steps on {_listed(run.objectives)}.'
+  )
+  if run.last_step >= wanted and run.folder.model.exists():
+    return f'{text} The run is complete.'
+  return (
+      f'{text} The run is not complete: it goes on, or the same command that '
+      f'started it makes it go on.'
+  )
+
+
+def _shapes(run: _Run) -> dict[str, tuple[int, ...]]:
+  # Nothing is computed, so no accelerator is claimed or waited for.
+  with jax.default_device(jax.local_devices(backend='cpu')[0]):
+    return parameter_shapes(run.config['model'].make_model())
+
+
+def _loss_table(run: _Run) -> str:
+  """Losses by objective and split; empty where nothing was evaluated."""
+  rows = []
+  for name in run.objectives:
+    for where, values in run.evaluations.items():
+      loss = values.get(f'{name}/loss')
+      if loss is None:
+        continue
+      entropy = values.get(f'{name}/unigram_entropy')
+      rows.append([
+          name,
+          where,
+          f'{loss:.3f}',
+          _number(values.get(f'{name}/accuracy'), '.1%'),
+          _number(values.get(f'{name}/perplexity'), '.4g'),
+          _number(entropy, '.3f'),
+          _number(None if entropy is None else entropy - loss, '.3f'),
+      ])
+  header = [
+      'objective', 'measured on', 'loss', 'accuracy', 'perplexity',
+      'unigram entropy', 'loss below it by',
+  ]  # fmt: skip
+  return _table(header, rows) if rows else ''
+
+
+def _samples(run: _Run) -> list[str]:
+  if not run.outputs:
+    return []
+  sections = ['## What it writes']
+  sections.append(_paragraph(
+      'Always the likeliest token, which makes small models repeat themselves.'
+  ))
+  for row in run.outputs:
+    told = f'Mode `{row["mode"]}`, weights of step {row["step"]:,}. Prompt:'
+    sections += [told, _fenced(row['prompt']), 'Answer:', _fenced(row['text'])]
+  return sections
+
+
+def _model(run: _Run) -> str:
+  parts = count_by_part(_shapes(run))
+  parts['total'] = sum(parts.values())
+  return _table(
+      ['part of the model', 'parameters'],
+      [[part, f'{number:,}'] for part, number in parts.items()],
+  )
+
+
+def _data(run: _Run) -> str:
+  """The data in words and, of a corpus, in tables."""
+  where = f'The data is in {run.config["data_dir"]}'
+  if run.corpus is None:
+    return f'{where}, where no metadata of a corpus is found.'
+  words = [f'{where}. Validation and test are whole packages or repositories.']
+  for key, told in (('licences', 'Licences'), ('dropped', 'Files left out')):
+    counts = _counts(run.corpus, key)
+    shown = [f'{name} {number:,}' for name, number in counts.items() if number]
+    if len(shown) > 12:
+      shown[12:] = [f'{len(shown) - 12} more']
+    if shown:
+      words.append(f'{told}: {", ".join(shown)}.')
+  return '\n\n'.join([
+      _paragraph(' '.join(words)),
+      *_count_tables(run.corpus, 'split', 'files', 'tokens'),
+      *_count_tables(
+          run.corpus, 'language', 'languages', 'tokens_by_language'
+      ),
+  ])
+
+
+def _count_tables(
+    corpus: Mapping[str, Any], by: str, files_key: str, tokens_key: str
+) -> list[str]:
+  """A table of files and tokens, if the metadata has them."""
+  files, tokens = _counts(corpus, files_key), _counts(corpus, tokens_key)
+  rows = [
+      [name, f'{number:,}', _number(tokens.get(name), ',')]
+      for name, number in files.items()
+  ]
+  return [_table([by, 'files', 'tokens'], rows)] if rows else []
+
+
+def _counts(corpus: Mapping[str, Any], key: str) -> dict[str, int]:
+  """The counts of that name in the metadata, the greatest first."""
+  counts = corpus.get(key, {}).items()
+  return dict(sorted(counts, key=lambda item: -item[1]))
+
+
+def _speed(run: _Run) -> str:
+  train = [row for row in run.rows if row.get('train_seconds')]
+  seconds = sum(row['train_seconds'] for row in train)
+  if not seconds:
+    return 'No step was timed yet: the first ones are compiled.'
+
+  def mean(key):
+    return sum(row[key] * row['train_seconds'] for row in train) / seconds
+
+  steps, tokens = mean('steps_per_second'), mean('target_tokens_per_second')
+  seen = tokens / steps * run.last_step
+  waited = sum(row['input_wait_seconds'] for row in train)
+  text = (
+      f'{_duration(seconds)} of training, not counting compiling, evaluation '
+      f'and checkpoints: {steps:.3g} steps and {tokens:,.0f} target tokens a '
+      f'second, about {_rounded(seen)} target tokens in all'
+  )
+  corpus_tokens = (run.corpus or {}).get('tokens', {}).get('train')
+  if corpus_tokens:
+    text += f' ({seen / corpus_tokens:.2g} times the training split)'
+  text += f'. Steps waited {_duration(waited)} for their input.'
+  if series(run.rows, 'train', 'mfu')[0]:
+    utilisation = sum(
+        row['mfu'] * row['train_seconds']
+        for row in train
+        if not isinstance(row['mfu'], str)
+    )
+    return (
+        f'{text} The model FLOPs utilisation (MFU), the share of what the '
+        f'chips could do at most, was {utilisation / seconds:.1%}.'
+    )
+  return (
+      f'{text} The model FLOPs utilisation (MFU) is n/a: it is known of TPUs '
+      f'only.'
+  )
+
+
+def _commands(run: _Run) -> str:
+  return pod_commands(
+      run.config['objectives'],
+      run.config['model'].vocab_size,
+      str(run.folder.path),
+      run.config['data_dir'],
+      (run.corpus or {}).get('settings', {}),
+  )
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """A Markdown table that is also one to the eye."""
+  columns = list(zip(header, *rows))
+  widths = [max(map(len, column)) for column in columns]
+  is_text = [
+      any(cell[:1].isalpha() and cell != 'n/a' for cell in column[1:])
+      for column in columns
+  ]
+  lines = [
+      '| ' + ' | '.join(
+          f'{cell:<{width}}' if left else f'{cell:>{width}}'
+          for cell, width, left in zip(row, widths, is_text)
+      ) + ' |'
+      for row in (header, *rows)
+  ]  # fmt: skip
+  rule = '|'.join(
+      '-' * (width + 2) if left else '-' * (width + 1) + ':'
+      for width, left in zip(widths, is_text)
+  )
+  return '\n'.join([lines[0], f'|{rule}|', *lines[1:]])
+
+
+def _fenced(text: str, language: str = '') -> str:
+  """A block of code, whatever backticks are in it."""
+  longest = max(map(len, re.findall('`+', text)), default=0)
+  fence = '`' * max(3, longest + 1)
+  return f'{fence}{language}\n{text.rstrip()}\n{fence}'
+
+
+def _paragraph(text: str) -> str:
+  return textwrap.fill(
+      text, 80, break_long_words=False, break_on_hyphens=False
+  )
+
+
+def _listed(names: Sequence[str]) -> str:
+  *first, last = names
+  return f'{", ".join(first)} and {last}' if first else last
+
+
+def _number(value: float | int | None, form: str) -> str:
+  return 'n/a' if value is None else format(value, form)
+
+
+def _rounded(number: float | int) -> str:
+  """A number in words, of three digits: 2,500,000 is "2.5 million"."""
+  for size, word in ((1e9, 'billion'), (1e6, 'million')):
+    if number >= size:
+      return f'{number / size:.3g} {word}'
+  return f'{number:,.0f}'
+
+
+def _duration(seconds: float | int) -> str:
+  if seconds < 60:
+    return f'{seconds:.3g} s'
+  minutes = round(seconds / 60)
+  return f'{minutes // 60} h {minutes % 60} min' if minutes >= 60 else (
+      f'{minutes} min')

@@ -1,0 +1,119 @@
+"""Curves of a run, drawn from the rows of its metrics.jsonl."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from matplotlib.figure import Figure
+
+# Those of metrics.jsonl; see training/logging.py.
+Rows = Sequence[Mapping[str, Any]]
+
+_TRAINING, _VALIDATION, _ENTROPY = '#9ab8d6', '#0b4f8a', '#c0392b'
+_INCHES, _DOTS_PER_INCH = (4.6, 3.4), 120
+
+
+def series(rows: Rows, kind: str, key: str) -> tuple[list[int], list[float]]:
+  """The steps and values of a number in the rows of a kind that have it.
+
+  >>> rows = [{'step': 5, 'kind': 'train', 'mfu': 'n/a'},
+  ...         {'step': 9, 'kind': 'train', 'mfu': 0.25}]
+  >>> series(rows, 'train', 'mfu')
+  ([9], [0.25])
+  """
+  points = [
+      (row['step'], row[key])
+      for row in rows
+      if row.get('kind') == kind and isinstance(row.get(key), int | float)
+  ]
+  return [step for step, _ in points], [value for _, value in points]
+
+
+def draw_losses(
+    rows: Rows, objectives: Sequence[str], entropies: Mapping[str, float]
+) -> bytes:
+  """Draws the losses of each objective over the steps; returns a PNG.
+
+  Args:
+    rows: of metrics.jsonl.
+    objectives: their names; each gets a panel.
+    entropies: unigram entropy of an objective's targets, nats; those that are
+      known.
+  """
+  figure, panels = _panels(len(objectives), same_heights=True)
+  for name, panel in zip(objectives, panels, strict=True):
+    key = f'{name}/loss'
+    _plot(panel, *series(rows, 'train', key), _TRAINING, 'training')
+    _plot(panel, *series(rows, 'evaluation', key), _VALIDATION, 'validation')
+    if name in entropies:
+      panel.axhline(
+          entropies[name],
+          color=_ENTROPY,
+          linestyle='--',
+          label='unigram entropy',
+      )
+    panel.set_title(name)
+    panel.set_ylabel('loss (nats a token)')
+    panel.legend(frameon=False)
+  return _png(figure)
+
+
+def draw_throughput(rows: Rows) -> bytes:
+  """Draws target tokens a second, and MFU where it is known; returns a PNG."""
+  mfu = series(rows, 'train', 'mfu')
+  figure, panels = _panels(2 if mfu[0] else 1)
+  rates = series(rows, 'train', 'target_tokens_per_second')
+  _plot(panels[0], *rates, _VALIDATION)
+  panels[0].set_title('throughput')
+  panels[0].set_ylabel('target tokens a second')
+  panels[0].set_ylim(bottom=0)
+  panels[0].yaxis.set_major_formatter('{x:,.0f}')
+  if mfu[0]:
+    _plot(panels[1], mfu[0], [100 * x for x in mfu[1]], _VALIDATION)
+    panels[1].set_title('model FLOPs utilisation (MFU)')
+    panels[1].set_ylabel('% of the peak')
+    panels[1].set_ylim(bottom=0)
+  return _png(figure)
+
+
+def _plot(
+    panel: Any,
+    steps: Sequence[int],
+    values: Sequence[float],
+    color: str,
+    label: str = '',
+) -> None:
+  # Few points are shown as such; many would only thicken the line.
+  marker = 'o' if len(steps) <= 20 else ''
+  panel.plot(steps, values, color=color, label=label, marker=marker, ms=3)
+
+
+def _panels(
+    count: int, same_heights: bool = False
+) -> tuple['Figure', list[Any]]:
+  """A figure of so many panels over the steps, three in a row."""
+  from matplotlib.figure import Figure  # Draws to memory; needs no screen.
+  from matplotlib.ticker import MaxNLocator
+
+  columns = min(count, 3)
+  lines = -(-count // columns)
+  figure = Figure(
+      figsize=(_INCHES[0] * columns, _INCHES[1] * lines), layout='constrained'
+  )
+  panels = []
+  for number in range(1, count + 1):
+    first = panels[0] if panels and same_heights else None
+    panels.append(figure.add_subplot(lines, columns, number, sharey=first))
+  for panel in panels:
+    panel.set_xlabel('step')
+    panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    panel.grid(color='#e6e6e6')
+    panel.spines[['top', 'right']].set_visible(False)
+  return figure, panels
+
+
+def _png(figure: 'Figure') -> bytes:
+  stream = io.BytesIO()
+  figure.savefig(stream, format='png', dpi=_DOTS_PER_INCH)
+  return stream.getvalue()

@@ -1,0 +1,242 @@
+import json
+import re
+
+import pytest
+
+from codet5p_jax.errors import UserError
+from codet5p_jax.main import main
+from codet5p_jax.models.computation import Computation
+from codet5p_jax.models.t5 import T5Config
+from codet5p_jax.objectives.causal_lm import CausalLM
+from codet5p_jax.objectives.sequence_to_sequence import SequenceToSequence
+from codet5p_jax.runs.report import report
+from codet5p_jax.training.optimizers import AdamW
+from codet5p_jax.training.run_folder import (
+    append_metrics,
+    open_run_folder,
+    write_result,
+)
+
+MODEL = T5Config(
+    vocab_size=131,
+    emb_dim=24,
+    num_heads=8,
+    head_dim=4,
+    mlp_dim=40,
+    num_encoder_layers=2,
+    num_decoder_layers=3,
+)
+PAIRS = SequenceToSequence(source_length=11, target_length=9)
+PREFIXES = {'causal_lm': 3.0, 'sequence_to_sequence': 2.0}
+
+
+def train_row(step, **changes):
+  # 4 steps and 800 target tokens a second; half an hour a row.
+  row = {
+      'step': step,
+      'kind': 'train',
+      'causal_lm/loss': 5.0,
+      'train_seconds': 1800.0,
+      'input_wait_seconds': 7.5,
+      'steps_per_second': 4.0,
+      'target_tokens_per_second': 800.0,
+      'mfu': 'n/a',
+  }
+  return {**row, **changes}
+
+
+def metrics(with_entropy, losses=PREFIXES):
+  values = {}
+  for name, loss in losses.items():
+    values |= {
+        f'{name}/loss': loss,
+        f'{name}/accuracy': 0.4321,
+        f'{name}/perplexity': 20.0855,
+        f'{name}/tokens': 90.0,
+    }
+    if with_entropy:
+      values[f'{name}/unigram_entropy'] = loss + 1.25
+  return values
+
+
+@pytest.fixture
+def run(tmp_path):
+  """A run of two objectives, of which 8 of 9 steps were logged."""
+  folder = open_run_folder(
+      tmp_path / 'run',
+      {
+          'model': MODEL,
+          'objectives': (CausalLM(target_length=14), PAIRS),
+          'optimizer': AdamW(1e-2, 2, 9, 0.1),
+          'computation': Computation(),
+          'train_steps': 9,
+          'data_dir': str(tmp_path / 'data'),
+      },
+  )
+  append_metrics(folder.metrics, train_row(4))
+  append_metrics(folder.metrics, train_row(8))
+  return folder
+
+
+def finish(run):
+  append_metrics(run.metrics, train_row(9))
+  row = {'step': 9, 'kind': 'evaluation', **metrics(with_entropy=True)}
+  append_metrics(run.metrics, row)
+  run.model.mkdir()
+
+
+def written(run):
+  """report.md, with lines joined."""
+  return ' '.join((run.path / 'report.md').read_text().split())
+
+
+def test_a_finished_run_is_told_whole(run, tmp_path, capsys):
+  finish(run)
+  split = {'step': 9, **metrics(False, {'causal_lm': 3.5})}
+  write_result(run.path / 'evaluation' / 'test' / 'metrics.json', split)
+  report(str(run.path))
+  text = written(run)
+  assert 'of 24,4' not in text  # Not digit by digit,
+  assert re.search(r'A model of \d\d,\d{3} parameters', text)  # but rounded.
+  assert 'for 9 of 9 steps on causal_lm and sequence_to_sequence' in text
+  assert 'The run is complete.' in text
+  cells = [
+      [cell.strip() for cell in line.strip('|').split('|')]
+      for line in (run.path / 'report.md').read_text().splitlines()
+      if line.startswith('| causal_lm') or line.startswith('| sequence_to')
+  ]
+  in_training = 'validation, in training at step 9'
+  assert cells == [
+      ['causal_lm', in_training, '3.000', '43.2%', '20.09', '4.250', '1.250'],
+      ['causal_lm', 'test, at step 9', '3.500', '43.2%', '20.09', 'n/a', 'n/a'],
+      ['sequence_to_sequence', in_training, '2.000', '43.2%', '20.09', '3.250',
+       '1.250'],
+  ]  # fmt: skip
+  for name in ('loss', 'throughput'):
+    png = run.path / 'report' / f'{name}.png'
+    assert png.read_bytes().startswith(b'\x89PNG')
+    assert f'(report/{name}.png)' in text
+  printed = capsys.readouterr().out
+  assert 'The run is complete.' in printed
+  assert '| causal_lm ' in printed
+
+
+def test_time_and_speed_are_those_of_all_rows(run):
+  finish(run)
+  report(str(run.path))
+  text = written(run)
+  assert '1 h 30 min of training' in text
+  assert '4 steps and 800 target tokens a second, about 1,800 target' in text
+  assert 'Steps waited 22.5 s for their input.' in text
+  assert '(MFU) is n/a' in text
+
+
+def test_utilisation_is_told_where_it_is_known(run):
+  append_metrics(run.metrics, train_row(9, mfu=0.5, train_seconds=3600.0))
+  run.metrics.write_text(
+      run.metrics.read_text().replace('"mfu": "n/a"', '"mfu": 0.25')
+  )
+  report(str(run.path))
+  assert 'could do at most, was 37.5%.' in written(run)
+
+
+def test_steps_that_were_only_compiled_have_no_speed(run):
+  rows = [train_row(4, train_seconds=0.0)]
+  run.metrics.write_text(''.join(f'{json.dumps(row)}\n' for row in rows))
+  report(str(run.path))
+  assert 'No step was timed yet' in written(run)
+
+
+def test_an_unfinished_run_without_an_evaluation_says_so(run, capsys):
+  with run.metrics.open('a') as file:
+    file.write('{"step": 9, "ki')  # Killed within a line.
+  report(str(run.path))
+  text = written(run)
+  assert 'trained for 8 of 9 steps' in text
+  assert 'The run is not complete' in text
+  assert 'The run was not evaluated yet.' in text
+  assert 'Not evaluated yet.' in capsys.readouterr().out
+
+
+def test_a_corpus_is_told_in_tables_and_drops_by_reason(run, tmp_path):
+  (tmp_path / 'data').mkdir()
+  metadata = {
+      'format_version': 99,  # Not that of the run folder.
+      'files': {'train': 20, 'test': 3},
+      'tokens': {'train': 360, 'test': 41},
+      'languages': {'go': 3, 'python': 20},
+      'licences': {f'licence {n}': n for n in range(1, 16)},
+      'dropped': {'empty': 0, 'duplicate': 2},
+      'settings': {'source': 'mine', 'vocab_size': 131},
+  }
+  (tmp_path / 'data' / 'metadata.json').write_text(json.dumps(metadata))
+  report(str(run.path))
+  text = written(run)
+  assert 'Files left out: duplicate 2.' in text
+  assert 'Licences: licence 15 15, licence 14 14,' in text
+  assert 'licence 4 4, 3 more.' in text
+  assert '| python | 20 | n/a |' in re.sub(' +', ' ', text)
+  assert '| train | 20 | 360 |' in re.sub(' +', ' ', text)
+  assert '1,600 target tokens in all (4.4 times the training split)' in text
+
+
+def test_without_metadata_the_place_of_the_data_is_told(run, tmp_path):
+  report(str(run.path))
+  assert f'The data is in {tmp_path / "data"}, where no' in written(run)
+  (tmp_path / 'data').mkdir()
+  (tmp_path / 'data' / 'metadata.json').write_text('[')
+  report(str(run.path))
+  assert f'The data is in {tmp_path / "data"}, where no' in written(run)
+
+
+def test_samples_are_shown_with_their_prompts_whatever_they_hold(run):
+  row = {'prompt': '```py\nx', 'mode': 'infill', 'text': 'y', 'step': 1234}
+  path = run.path / 'generation' / 'outputs.jsonl'
+  write_result(path, f'{json.dumps(row)}\n')
+  report(str(run.path))
+  text = (run.path / 'report.md').read_text()
+  assert 'Mode `infill`, weights of step 1,234. Prompt:' in text
+  assert '\n````\n```py\nx\n````\n' in text
+  assert '- `generation`:' in text and '- `model`:' not in text
+
+
+def test_no_metrics_are_one_clear_line_and_no_report(run):
+  run.metrics.unlink()
+  with pytest.raises(UserError, match='expected rows of training') as error:
+    report(str(run.path))
+  assert '\n' not in str(error.value)
+  assert not (run.path / 'report.md').exists()
+
+
+def test_a_folder_of_no_run_is_one_clear_line(tmp_path):
+  with pytest.raises(UserError, match='config.json, found none'):
+    report(str(tmp_path))
+
+
+def test_a_broken_line_within_the_metrics_is_named(run):
+  lines = run.metrics.read_text().splitlines()
+  run.metrics.write_text('\n'.join([lines[0][:20], lines[1], '']))
+  with pytest.raises(UserError, match='expected JSON in line 1 of'):
+    report(str(run.path))
+
+
+def test_a_place_that_cannot_be_written_is_one_clear_line(run):
+  (run.path / 'report').write_text('in the way')
+  with pytest.raises(UserError, match='cannot write .*/loss.png: '):
+    report(str(run.path))
+
+
+def test_the_command_line_reports(run, capsys):
+  assert main(['report', f'--run_dir={run.path}']) == 0
+  assert 'causal_lm' in capsys.readouterr().out
+  assert (run.path / 'report.md').exists()
+
+
+@pytest.mark.parametrize(
+    'seconds, text', [(0.0123, '0.0123 s'), (90, '2 min'), (3720, '1 h 2 min')]
+)
+def test_durations_have_sensible_digits(run, seconds, text):
+  row = train_row(4, train_seconds=float(seconds))
+  run.metrics.write_text(f'{json.dumps(row)}\n')
+  report(str(run.path))
+  assert f'{text} of training' in written(run)
