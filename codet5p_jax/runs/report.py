@@ -95,16 +95,10 @@ def report(run_dir: str) -> None:
       cannot be written.
   """
   run = _read(run_dir)
-  entropies = {}
-  for values in run.evaluations.values():
-    for name in run.objectives:
-      entropy = values.get(f'{name}/unigram_entropy')
-      if entropy is not None:
-        entropies.setdefault(name, entropy)  # That of the validation split.
   path = run.folder.path
   write_result(
       path / 'report' / 'loss.png',
-      draw_losses(run.rows, run.objectives, entropies),
+      draw_losses(run.rows, run.objectives, _entropies(run)),
   )
   write_result(path / 'report' / 'throughput.png', draw_throughput(run.rows))
   table = _loss_table(run)
@@ -172,6 +166,18 @@ def _corpus_metadata(data_dir: pathlib.Path) -> dict[str, Any] | None:
   except (OSError, ValueError):
     return None  # Pairs have none; and a corpus may have been moved away.
   return metadata if isinstance(metadata, dict) else None
+
+
+def _entropies(run: _Run) -> dict[str, float]:
+  """Unigram entropies by objective, of the validation split where known."""
+  entropies = {}
+  for where, values in run.evaluations.items():
+    for name in run.objectives:
+      entropy = values.get(f'{name}/unigram_entropy')
+      is_first = name not in entropies or where.startswith('validation')
+      if entropy is not None and is_first:
+        entropies[name] = entropy
+  return entropies
 
 
 def _state(run: _Run) -> str:

@@ -9,6 +9,7 @@ from codet5p_jax.models.computation import Computation
 from codet5p_jax.models.t5 import T5Config
 from codet5p_jax.objectives.causal_lm import CausalLM
 from codet5p_jax.objectives.sequence_to_sequence import SequenceToSequence
+from codet5p_jax.runs import report as report_run
 from codet5p_jax.runs.report import report
 from codet5p_jax.training.optimizers import AdamW
 from codet5p_jax.training.run_folder import (
@@ -118,6 +119,24 @@ def test_a_finished_run_is_told_whole(run, capsys):
   printed = capsys.readouterr().out
   assert 'The run is complete.' in printed
   assert '| causal_lm ' in printed
+
+
+def test_the_curves_have_the_entropies_of_the_validation_split(
+    run, monkeypatch
+):
+  for split, loss in (('test', 4.0), ('validation', 3.0)):
+    values = metrics(with_entropy=True, losses={'causal_lm': loss})
+    path = run.path / 'evaluation' / split / 'metrics.json'
+    write_result(path, {'step': 8, **values})
+  drawn = []
+
+  def draw_losses(*arguments):
+    drawn.append(arguments[-1])
+    return b''
+
+  monkeypatch.setattr(report_run, 'draw_losses', draw_losses)
+  report(str(run.path))
+  assert drawn == [{'causal_lm': 4.25}]
 
 
 def test_time_and_speed_are_those_of_all_rows(run):
