@@ -121,7 +121,7 @@ def train(
         train_steps,
         {
             o.name: training_flops(
-                step_config.model, o.batch_spec(step_config.microbatch_size)
+                step_config.model, o.batch_spec(step_config.microbatch_rows(o))
             )
             for o in objectives
         },
