@@ -4,13 +4,10 @@ Everything here works on a mounted file system. A bucket is reached by
 mounting it; nothing in this module knows of `gs://`.
 """
 
-import contextlib
-import errno
 import json
 import os
-import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,88 +17,9 @@ from codet5p_jax.errors import UserError
 # version would misread the new one.
 FORMAT_VERSION = 1
 
-# What a user can mend: space, quota, permissions, mounts, wrong paths.
-_STORAGE_ERRORS = frozenset({
-    errno.EACCES,
-    errno.EDQUOT,
-    errno.EEXIST,
-    errno.EFBIG,
-    errno.EIO,
-    errno.EISDIR,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-    errno.ENOSPC,
-    errno.ENOTDIR,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ESTALE,
-})
-
-# TensorStore reports a failed write as ValueError with this in its text.
-_TENSORSTORE_ERROR = re.compile(r"os_error_code='(\d+)'")
-
 
 class UnreadableFile(UserError):
   """A file is there, but not what was written: cut short, or overwritten."""
-
-
-def local_path(path: str | os.PathLike) -> Path:
-  """Returns the path, absolute.
-
-  Raises:
-    UserError: it is the address of a bucket.
-  """
-  if '://' in os.fspath(path):
-    raise UserError(
-        f'expected a folder of a mounted file system, found {path}; mount '
-        f'the bucket and give the path of the mount'
-    )
-  # Without resolving links, so that messages show the path as given.
-  return Path(os.path.abspath(os.path.expanduser(path)))
-
-
-def storage_fault(error: BaseException | None) -> str | None:
-  """Names what is wrong with the disk or folder, if that caused the error.
-
-  Args:
-    error: an exception; those it was raised from are looked at too.
-
-  Returns:
-    Words such as "No space left on device", or None for any other error.
-  """
-  seen = set()
-  while error is not None and id(error) not in seen:
-    seen.add(id(error))
-    found = _TENSORSTORE_ERROR.search(str(error))
-    code = int(found.group(1)) if found else getattr(error, 'errno', None)
-    if code in _STORAGE_ERRORS:
-      # The system's words, "File exists", would not say what is wrong.
-      is_in_the_way = code == errno.EEXIST
-      return 'a file is in the way' if is_in_the_way else os.strerror(code)
-    error = error.__cause__ or error.__context__
-  return None
-
-
-@contextlib.contextmanager
-def explaining_storage_faults(what: str, advice: str) -> Iterator[None]:
-  """Turns a full disk or an unwritable folder into one line for the user.
-
-  Args:
-    what: what could not be done, such as "cannot write /runs/a/config.json".
-    advice: what to do.
-
-  Raises:
-    UserError: a storage fault. Any other error passes unchanged.
-  """
-  try:
-    yield
-  except UserError:
-    raise
-  except Exception as error:
-    fault = storage_fault(error)
-    if fault is None:
-      raise
-    raise UserError(f'{what}: {fault}; {advice}') from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from codet5p_jax.errors import UserError
+from codet5p_jax.storage import explaining_storage_faults, local_path
 from codet5p_jax.training.files import (
-    explaining_storage_faults,
-    local_path,
     read_json,
     write_bytes,
     write_json,

@@ -8,8 +8,8 @@ from codet5p_jax.array_typing import Tree
 from codet5p_jax.data.vocabularies import Vocabulary, load_vocabulary
 from codet5p_jax.errors import UserError
 from codet5p_jax.sharding import make_mesh
+from codet5p_jax.storage import local_path
 from codet5p_jax.training.checkpoints.weights import load_weights
-from codet5p_jax.training.files import local_path
 from codet5p_jax.training.partition import merge_params, partition_params
 from codet5p_jax.training.run_folder import RunFolder, read_config, rebuild
 from codet5p_jax.training.train_step import (

@@ -7,10 +7,7 @@ import pytest
 from codet5p_jax.errors import UserError
 from codet5p_jax.training.files import (
     UnreadableFile,
-    explaining_storage_faults,
-    local_path,
     read_json,
-    storage_fault,
     write_json,
     write_text,
 )
@@ -51,32 +48,3 @@ def test_a_failed_write_leaves_the_former_file(tmp_path, monkeypatch):
     write_text(tmp_path / 'a', 'new')
   assert (tmp_path / 'a').read_text() == 'old'
   assert os.listdir(tmp_path) == ['a']
-
-
-@pytest.mark.parametrize('code', [errno.ENOSPC, errno.EACCES, errno.EROFS])
-def test_storage_faults_are_found_wherever_they_hide(code):
-  words = os.strerror(code)
-  assert storage_fault(OSError(code, 'ignored')) == words
-  text = f"INTERNAL: Failed writing [os_error_code='{code}']"
-  assert storage_fault(ValueError(text)) == words
-  with pytest.raises(UserError) as raised:
-    with explaining_storage_faults('cannot write x', 'mend it'):
-      try:
-        raise OSError(code, 'ignored')
-      except OSError as error:
-        raise RuntimeError('while saving') from error
-  assert str(raised.value) == f'cannot write x: {words}; mend it'
-
-
-def test_other_errors_pass_unchanged():
-  for error in (TimeoutError('slow'), ValueError('x'), UserError('y')):
-    assert storage_fault(error) is None
-    with pytest.raises(type(error)) as raised:
-      with explaining_storage_faults('cannot write x', 'mend it'):
-        raise error
-    assert raised.value is error
-
-
-def test_buckets_are_refused():
-  with pytest.raises(UserError, match='mount the bucket'):
-    local_path('gs://bucket/run')

@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from codet5p_jax.errors import UserError
+from codet5p_jax.storage import explaining_storage_faults, local_path
 from codet5p_jax.training.checkpoints.layout import (
     Leaves,
     flatten,
@@ -33,11 +34,7 @@ from codet5p_jax.training.checkpoints.verify import (
     verify,
     write_checksums,
 )
-from codet5p_jax.training.files import (
-    FORMAT_VERSION,
-    explaining_storage_faults,
-    local_path,
-)
+from codet5p_jax.training.files import FORMAT_VERSION
 
 # Keys of the metadata that `save` writes itself.
 _OWN_METADATA = ('format_version', 'step', 'arrays')

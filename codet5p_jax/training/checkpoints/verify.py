@@ -8,12 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from codet5p_jax.errors import UserError
-from codet5p_jax.training.files import (
-    UnreadableFile,
-    local_path,
-    read_json,
-    write_json,
-)
+from codet5p_jax.storage import local_path
+from codet5p_jax.training.files import UnreadableFile, read_json, write_json
 
 CHECKSUMS = 'checksums.json'
 

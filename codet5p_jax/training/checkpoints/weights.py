@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from codet5p_jax.array_typing import Tree
+from codet5p_jax.storage import explaining_storage_faults, local_path
 from codet5p_jax.training.checkpoints.description import (
     describe_leaves,
     require_same_leaves,
@@ -31,12 +32,7 @@ from codet5p_jax.training.checkpoints.restore import (
     read_leaves,
 )
 from codet5p_jax.training.checkpoints.verify import verify, write_checksums
-from codet5p_jax.training.files import (
-    explaining_storage_faults,
-    local_path,
-    read_json,
-    write_json,
-)
+from codet5p_jax.training.files import read_json, write_json
 
 _ARRAYS = 'arrays'
 _METADATA = 'metadata.json'

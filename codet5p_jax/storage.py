@@ -1,0 +1,99 @@
+"""Paths of mounted file systems, and what can be wrong with them."""
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from codet5p_jax.errors import UserError
+
+# What a user can mend: space, quota, permissions, mounts, wrong paths.
+_STORAGE_ERRORS = frozenset({
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ESTALE,
+})
+
+# TensorStore reports a failed write as ValueError with this in its text.
+_TENSORSTORE_ERROR = re.compile(r"os_error_code='(\d+)'")
+
+# ArrayRecord raises RuntimeError with the system's words in its own.
+_ARRAY_RECORD_ERROR = re.compile(r'\w\(\) failed: ([^;]*)')
+
+
+class StorageFault(UserError):
+  """The disk is full, or a folder cannot be written."""
+
+
+def local_path(path: str | os.PathLike) -> Path:
+  """Returns the path, absolute.
+
+  Raises:
+    UserError: it is the address of a bucket.
+  """
+  if '://' in os.fspath(path):
+    raise UserError(
+        f'expected a folder of a mounted file system, found {path}; mount '
+        f'the bucket and give the path of the mount'
+    )
+  # Without resolving links, so that messages show the path as given.
+  return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def storage_fault(error: BaseException | None) -> str | None:
+  """Names what is wrong with the disk or folder, if that caused the error.
+
+  Args:
+    error: an exception; those it was raised from are looked at too.
+
+  Returns:
+    Words such as "No space left on device", or None for any other error.
+  """
+  seen = set()
+  while error is not None and id(error) not in seen:
+    seen.add(id(error))
+    found = _TENSORSTORE_ERROR.search(str(error))
+    code = int(found.group(1)) if found else getattr(error, 'errno', None)
+    if code in _STORAGE_ERRORS:
+      # The system's words, "File exists", would not say what is wrong.
+      is_in_the_way = code == errno.EEXIST
+      return 'a file is in the way' if is_in_the_way else os.strerror(code)
+    if isinstance(error, RuntimeError):
+      if written := _ARRAY_RECORD_ERROR.search(str(error)):
+        return written[1].strip()
+    error = error.__cause__ or error.__context__
+  return None
+
+
+@contextlib.contextmanager
+def explaining_storage_faults(what: str, advice: str) -> Iterator[None]:
+  """Turns a full disk or an unwritable folder into one line for the user.
+
+  Args:
+    what: what could not be done, such as "cannot write /runs/a/config.json".
+    advice: what to do.
+
+  Raises:
+    StorageFault: a storage fault. Any other error passes unchanged.
+  """
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as error:
+    fault = storage_fault(error)
+    if fault is None:
+      raise
+    raise StorageFault(f'{what}: {fault}; {advice}') from error
