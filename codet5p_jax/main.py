@@ -50,6 +50,7 @@ SUBCOMMANDS = {
     'report': Subcommand('tell in words and curves how a run went'),
     'prepare_corpus': Subcommand('make a corpus folder from source code'),
     'inspect_data': Subcommand('show decoded examples of a task'),
+    'train_vocabulary': Subcommand('train a vocabulary on source code'),
 }
 
 _WIDTH = 2 + max(map(len, SUBCOMMANDS))

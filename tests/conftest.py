@@ -1,5 +1,7 @@
 """Eight emulated devices, so that any test can build a real mesh."""
 
+import dataclasses
+import json
 import os
 
 # Before anything imports JAX, which reads them once.
@@ -69,8 +71,8 @@ def _source_files():
       SourceFile(
           text=''.join(function(index) for index in range(2 + 5 * number)),
           language='python',
-          licence='MIT',
-          origin=f'{name}_{origin}',
+          licence='mit',
+          origin=f'{name}-{origin}',
           path=f'{name}_{origin}/module_{number}.py',
       )
       for origin in range(4)
@@ -84,11 +86,38 @@ def source_files():
   return _source_files()
 
 
-@pytest.fixture(scope='session')
-def small_corpus(source_files, tmp_path_factory):
-  """A corpus folder, made as `prepare_corpus` makes one; not to be changed."""
-  from codet5p_jax.corpus.build import build_corpus
+def _write_rows(path, files):
+  """Writes source files as JSON lines."""
+  lines = [json.dumps(dataclasses.asdict(file)) for file in files]
+  path.write_text(''.join(line + '\n' for line in lines))
+  return path
 
+
+@pytest.fixture(scope='session')
+def write_rows():
+  """See `_write_rows(path, files)`."""
+  return _write_rows
+
+
+@pytest.fixture(scope='session')
+def make_small_corpus(tmp_path_factory):
+  """A function that makes a corpus of source files in a folder."""
+  from codet5p_jax.corpus.build import CorpusSettings, build_corpus
+  from codet5p_jax.corpus.executors import Processes
+
+  def make(files, folder, executor=Processes(1), **settings):
+    rows = tmp_path_factory.mktemp('sources') / 'rows.jsonl'
+    settings = {
+        'sources': (str(_write_rows(rows, files)),), 'vocab_size': 600
+    } | settings
+    return build_corpus(CorpusSettings(**settings), folder, None, executor)
+
+  return make
+
+
+@pytest.fixture(scope='session')
+def small_corpus(source_files, make_small_corpus, tmp_path_factory):
+  """A corpus folder, made as `prepare_corpus` makes one; not to be changed."""
   folder = tmp_path_factory.mktemp('corpora') / 'small'
-  build_corpus(source_files, folder, 600, {'source': 'test'})
+  make_small_corpus(source_files, folder)
   return folder

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import pytest
 
 from codet5p_jax import main
-from codet5p_jax.corpus.build import build_corpus
 from codet5p_jax.runs import train as train_run
 from codet5p_jax.training import files, run_folder, trained_model
 from codet5p_jax.training.batches import TrainBatches
@@ -261,10 +260,10 @@ def test_a_checkpoint_of_another_model_is_refused(corpus, refusal, run_dir):
 
 
 def test_another_vocabulary_of_the_same_size_is_refused(
-    refusal, run_dir, small_corpus, source_files, tmp_path
+    refusal, run_dir, small_corpus, source_files, make_small_corpus, tmp_path
 ):
   other = tmp_path / 'other'
-  build_corpus(source_files[:30], other, 600, {'source': 'test'})
+  make_small_corpus(source_files[:30], other)
   before = content(run_dir)
   line = refusal(*TRAIN, f'DATA_DIR={other}', f'RUN_DIR={run_dir}')
   assert 'vocabulary_fingerprint: expected "' in line
@@ -279,9 +278,9 @@ def test_another_vocabulary_of_the_same_size_is_refused(
 
 @pytest.mark.parametrize('command', [EVALUATE, GENERATE], ids=lambda x: x[0])
 def test_a_run_whose_vocabulary_was_exchanged_is_refused(
-    refusal, run_dir, source_files, tmp_path, command
+    refusal, run_dir, source_files, make_small_corpus, tmp_path, command
 ):
-  build_corpus(source_files[:30], tmp_path / 'other', 600, {'source': 'test'})
+  make_small_corpus(source_files[:30], tmp_path / 'other')
   shutil.rmtree(run_dir / 'vocabulary')
   shutil.copytree(tmp_path / 'other' / 'vocabulary', run_dir / 'vocabulary')
   line = refusal(*command, f'RUN_DIR={run_dir}')

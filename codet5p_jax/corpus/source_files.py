@@ -1,13 +1,39 @@
-"""Source files on their way into a corpus."""
+"""What a file of source code is, and the languages that are known."""
 
 import dataclasses
+import functools
 import hashlib
-import pathlib
 import re
-import sysconfig
-from collections.abc import Iterator
 
-from codet5p_jax.errors import UserError
+LANGUAGES = {
+    'python': ('.py',),
+    'javascript': ('.js', '.mjs', '.cjs', '.jsx'),
+    'go': ('.go',),
+    'java': ('.java',),
+    'php': ('.php',),
+    'ruby': ('.rb',),
+    'c': ('.c', '.h'),
+    'cpp': ('.cc', '.cpp', '.cxx', '.hh', '.hpp', '.hxx'),
+    'csharp': ('.cs',),
+}
+"""The nine languages of the paper (section 4.1) by their file extensions."""
+
+UNKNOWN = 'unknown'
+
+_LANGUAGE_OF = {
+    extension: language
+    for language, extensions in LANGUAGES.items()
+    for extension in extensions
+}
+# How the rows of published datasets spell them.
+_OTHER_NAMES = {
+    'c#': 'csharp',
+    'c++': 'cpp',
+    'golang': 'go',
+    'js': 'javascript',
+    'py': 'python',
+    'python3': 'python',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,9 +42,10 @@ class SourceFile:
 
   Attributes:
     text: its content.
-    language: in lower case, such as "python".
-    licence: SPDX identifier, or "unknown".
-    origin: the package or repository; splits are drawn by origin.
+    language: one of LANGUAGES, or another in lower case, or "unknown".
+    licence: SPDX identifier or expression in lower case, or "unknown".
+    origin: the package or repository; splits are drawn by origin. Empty where
+      the file is its own origin.
     path: within the origin's source tree, for people.
   """
 
@@ -28,53 +55,32 @@ class SourceFile:
   origin: str
   path: str
 
-  @property
+  @functools.cached_property
   def hash(self) -> str:
     """Equal for files that differ in white space only (paper, 4.1)."""
-    squeezed = re.sub(r'\s+', '', self.text)
+    # As re.sub(r'\s+', '', text), in a third of the time.
+    squeezed = ''.join(self.text.split())
     return hashlib.sha256(squeezed.encode('utf-8', 'replace')).hexdigest()
 
 
-# Folders of the standard library that hold tests or vendored packages.
-_SKIPPED = {
-    '__pycache__',
-    'ensurepip',
-    'idle_test',
-    'lib2to3',
-    'site-packages',
-    'test',
-    'tests',
-}
+def language_of_path(path: str) -> str:
+  """The language by a file's extension, or "unknown"."""
+  stem, dot, extension = path.rpartition('.')
+  if not stem or '/' in extension:
+    return UNKNOWN
+  return _LANGUAGE_OF.get(dot + extension.lower(), UNKNOWN)
 
 
-def standard_library() -> Iterator[SourceFile | None]:
-  """The running interpreter's own standard library, without its tests.
+def language_of_name(name: str) -> str:
+  """The language by its name in a row, as "C++" or "Python"."""
+  name = name.strip().lower()
+  return _OTHER_NAMES.get(name, name) or UNKNOWN
 
-  Yields:
-    Files in a stable order; None for one that is not valid UTF-8.
+
+def normalise_origin(name: str) -> str:
+  """One spelling for a package's name, as PEP 503 has it.
+
+  >>> normalise_origin('Typing_Extensions'), normalise_origin('zope.interface')
+  ('typing-extensions', 'zope-interface')
   """
-  root = pathlib.Path(sysconfig.get_path('stdlib'))
-  paths = sorted(
-      path
-      for path in root.rglob('*.py')
-      if not _SKIPPED & set(path.relative_to(root).parts)
-  )
-  if not paths:
-    raise UserError(
-        f"expected the standard library's source in {root}, found no .py "
-        f'file; install the interpreter with its library source'
-    )
-  for path in paths:
-    relative = path.relative_to(root)
-    try:
-      text = path.read_text(encoding='utf-8')
-    except UnicodeDecodeError:
-      yield None
-      continue
-    yield SourceFile(
-        text=text,
-        language='python',
-        licence='PSF-2.0',
-        origin=relative.parts[0].removesuffix('.py'),
-        path=relative.as_posix(),
-    )
+  return re.sub(r'[-_.]+', '-', name.strip().lower()).strip('-')

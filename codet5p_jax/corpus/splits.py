@@ -1,10 +1,16 @@
 """Which split an origin belongs to."""
 
-import collections
 import hashlib
 from collections.abc import Iterable
 
+import numpy as np
+
 from codet5p_jax.corpus.folder import SPLITS
+
+
+def origin_key(origin: str) -> int:
+  """A number in [0, 2**64) that depends on the name alone."""
+  return int.from_bytes(hashlib.sha256(origin.encode()).digest()[:8], 'big')
 
 
 def split_origins(
@@ -12,9 +18,7 @@ def split_origins(
 ) -> dict[str, str]:
   """Assigns each origin to a split by its hash, so no origin is in two.
 
-  A given origin lands in the same split whatever else the corpus holds, except
-  in a corpus of few origins: where a split would be empty, it takes an origin
-  of the largest split, the one of the lowest hash.
+  As `split_keys`, by name.
 
   Args:
     origins: names of packages or repositories.
@@ -24,30 +28,44 @@ def split_origins(
   Returns:
     {origin: 'train', 'validation' or 'test'}.
   """
-  places = {origin: _place(origin) for origin in sorted(set(origins))}
-  result = {}
-  for origin, place in places.items():
-    if place < validation:
-      result[origin] = 'validation'
-    elif place < validation + test:
-      result[origin] = 'test'
-    else:
-      result[origin] = 'train'
-  for split in SPLITS:
-    counts = collections.Counter(result.values())
-    largest = max(SPLITS, key=lambda name: counts[name])
+  names = sorted(set(origins), key=lambda name: (origin_key(name), name))
+  keys = np.array([origin_key(name) for name in names], np.uint64)
+  splits = split_keys(keys, validation, test)
+  return {
+      name: SPLITS[split] for name, split in zip(names, splits, strict=True)
+  }
+
+
+def split_keys(keys: np.ndarray, validation: float, test: float) -> np.ndarray:
+  """Assigns each key to a split, by its place in [0, 2**64).
+
+  A given key lands in the same split whatever else the corpus holds, except
+  in a corpus of few origins: where a split would be empty, it takes a key
+  of the largest split, the lowest.
+
+  Args:
+    keys: `origin_key` of each origin, uint64 [number], ascending.
+    validation: share of the origins for validation.
+    test: share for test.
+
+  Returns:
+    Index into SPLITS of each, int8 [number].
+  """
+  places = keys / 2.0**64
+  train_index, validation_index, test_index = range(3)
+  splits = np.select(
+      [places < validation, places < validation + test],
+      [validation_index, test_index],
+      train_index,
+  ).astype(np.int8)
+  for split in range(3):
+    counts = np.bincount(splits, minlength=3)
+    largest = int(counts.argmax())
     if not counts[split] and counts[largest] > 1:
-      spare = [o for o in places if result[o] == largest]
-      result[min(spare, key=places.get)] = split
-  return result
+      splits[np.flatnonzero(splits == largest)[0]] = split
+  return splits
 
 
 def missing_splits(assigned: dict[str, str]) -> list[str]:
   """The splits no origin was assigned to."""
   return [split for split in SPLITS if split not in assigned.values()]
-
-
-def _place(origin: str) -> float:
-  """A number in [0, 1) that depends on the name alone."""
-  digest = hashlib.sha256(origin.encode()).digest()
-  return int.from_bytes(digest[:8], 'big') / 2**64

@@ -1,74 +1,96 @@
 """The source files of a corpus as a TensorFlow Datasets dataset.
 
 Stored as ArrayRecord, which neither writing nor reading needs TensorFlow for;
-the one module of this floor that imports tensorflow_datasets.
+the one module of this floor that imports tensorflow_datasets. The shards are
+written one by one, wherever their files are at hand, and put together by name.
 """
 
-import contextlib
-import io
+import functools
 import os
 import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import tensorflow_datasets as tfds
 
 from codet5p_jax.corpus.source_files import SourceFile
 
 NAME = 'source_files'
+_VERSION = '1.0.0'
+_FEATURES = ('text', 'language', 'licence', 'origin', 'path', 'hash')
+_FORMAT = 'array_record'
 
 
-def write_files(
-    folder: pathlib.Path, files: Mapping[str, Sequence[SourceFile]]
-) -> None:
-  """Writes {split: files} below `folder`."""
-
-  # Registered, the name could be defined only once in a process.
-  class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Files of source code; a split holds whole origins."""
-
-    name = NAME
-    VERSION = tfds.core.Version('1.0.0')
-    RELEASE_NOTES = {'1.0.0': 'text, language, licence, origin, path, hash'}
-    pkg_dir_path = pathlib.Path(__file__).parent
-
-    def _info(self) -> tfds.core.DatasetInfo:
-      features = ('text', 'language', 'licence', 'origin', 'path', 'hash')
-      return tfds.core.DatasetInfo(
-          builder=self,
-          description='Source files of a corpus, split by origin.',
-          features=tfds.features.FeaturesDict(
-              {feature: tfds.features.Text() for feature in features}
-          ),
-      )
-
-    def _split_generators(self, dl_manager):
-      del dl_manager  # Nothing is downloaded.
-      return {
-          split: self._generate_examples(rows) for split, rows in files.items()
-      }
-
-    def _generate_examples(self, rows):
-      for file in rows:
-        yield file.hash, {
-            'text': file.text,
-            'language': file.language,
-            'licence': file.licence,
-            'origin': file.origin,
-            'path': file.path,
-            'hash': file.hash,
-        }
-
-  # TFDS would draw a progress bar for each of its inner steps.
-  tfds.disable_progress_bar()
-  builder = Builder(
-      data_dir=os.fspath(folder),
-      file_format=tfds.core.FileFormat.ARRAY_RECORD,
+@functools.cache
+def _features() -> tfds.features.FeaturesDict:
+  return tfds.features.FeaturesDict(
+      {feature: tfds.features.Text() for feature in _FEATURES}
   )
-  # TFDS reports a preparation on the standard output; ours is reported by us.
-  with contextlib.redirect_stdout(io.StringIO()):
-    builder.download_and_prepare()
-  shutil.rmtree(folder / 'downloads', ignore_errors=True)
+
+
+@functools.cache
+def _serializer() -> Any:
+  return tfds.core.example_serializer.ExampleSerializer(
+      _features().get_serialized_info()
+  )
+
+
+def serialise(file: SourceFile) -> bytes:
+  """A file as a record of a shard."""
+  row = {feature: getattr(file, feature) for feature in _FEATURES}
+  example = _serializer().get_tf_example(_features().encode_example(row))
+  # Otherwise the order of the features depends on the process.
+  return example.SerializeToString(deterministic=True)
+
+
+def open_shard(path: pathlib.Path) -> Any:
+  """A writer of records, with `write` and `close`."""
+  from array_record.python.array_record_module import ArrayRecordWriter
+
+  # As TFDS has it: a file is read without its neighbours.
+  return ArrayRecordWriter(os.fspath(path), 'group_size:1')
+
+
+def gather_shards(
+    folder: pathlib.Path,
+    shards: Mapping[str, Sequence[tuple[pathlib.Path, int]]],
+) -> None:
+  """Makes a dataset of shards, which are moved.
+
+  Args:
+    folder: where `read_files` will find it.
+    shards: (path, number of files) of the shards of each split, in order.
+  """
+  version = folder / NAME / _VERSION
+  version.mkdir(parents=True, exist_ok=True)
+  template = tfds.core.ShardedFileTemplate(
+      dataset_name=NAME, data_dir=version, filetype_suffix=_FORMAT
+  )
+  splits = []
+  for split, parts in shards.items():
+    sizes = []
+    for index, (path, _) in enumerate(parts):
+      name = f'{NAME}-{split}.{_FORMAT}-{index:05d}-of-{len(parts):05d}'
+      # A run that was stopped here moved some.
+      if path.exists():
+        path.rename(version / name)
+      sizes.append((version / name).stat().st_size)
+    splits.append(
+        tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=[number for _, number in parts],
+            num_bytes=sum(sizes),
+            filename_template=template,
+        )
+    )
+  tfds.folder_dataset.write_metadata(
+      data_dir=version,
+      features=_features(),
+      split_infos=splits,
+      filename_template=template,
+      description='Source files of a corpus, split by origin.',
+      check_data=False,
+  )
 
 
 def read_files(

@@ -18,6 +18,9 @@ _CONTROLS = (
     task_tokens.CDEC_NAME,
     *task_tokens.SENTINEL_NAMES,
 )
+# Pieces that every model has: pad, bos, eos and unk; the control pieces; the
+# bytes; newline and tab.
+SMALLEST_VOCAB_SIZE = 4 + len(_CONTROLS) + 256 + 2
 _MAX_CHUNK_LENGTH = 4096  # Characters, of at most four bytes each.
 _TRAINING_SETTINGS = {
     'model_type': 'bpe',

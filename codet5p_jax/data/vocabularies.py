@@ -88,6 +88,11 @@ class Vocabulary(abc.ABC):
     """Rows of an embedding table: `vocab_size` up to a multiple of 128."""
     return -(-self.vocab_size // 128) * 128
 
+  @property
+  def longest_piece(self) -> int:
+    """Bytes of the longest piece, so a text has at least its share of ids."""
+    return int(self._piece_lengths.max())
+
   @abc.abstractmethod
   def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
     """Encodes each text as `encode` does, on all cores.

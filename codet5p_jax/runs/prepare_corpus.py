@@ -1,74 +1,82 @@
 """Source code to a corpus folder."""
 
-import json
 import logging
-import pathlib
+from collections.abc import Sequence
 
-from codet5p_jax.corpus import folder as layout
-from codet5p_jax.corpus.build import build_corpus
-from codet5p_jax.corpus.source_files import standard_library
-from codet5p_jax.errors import UserError
+from codet5p_jax.corpus.build import CorpusSettings
+from codet5p_jax.corpus.executors import Beam, Processes
+from codet5p_jax.corpus.licences import ALLOWED
+from codet5p_jax.corpus.provision import ensure_corpus, with_vocabulary
+from codet5p_jax.corpus.source_files import LANGUAGES
+from codet5p_jax.data.vocabularies import load_vocabulary
+from codet5p_jax.storage import local_path
 
 _logger = logging.getLogger(__name__)
-
-SOURCES = {'standard_library': standard_library}
 
 
 def prepare_corpus(
     corpus_dir: str,
-    source: str = 'standard_library',
+    sources: Sequence[str] = ('standard_library',),
     vocab_size: int = 8192,
+    vocabulary_dir: str | None = None,
+    vocabulary_characters: int = 32_000_000,
+    languages: Sequence[str] = tuple(LANGUAGES),
+    licences: Sequence[str] = ALLOWED,
+    min_tokens: int = 50,
+    max_tokens: int = 2000,
+    runner: str | None = None,
+    processes: int | None = None,
 ) -> None:
-  """Reads source files, trains a vocabulary on them and tokenises them.
+  """Reads and filters source files, trains a vocabulary, tokenises.
 
-  A folder that is there and was made with the same settings is kept.
+  A folder that is there and was made with the same settings is kept; what a
+  stopped run left in CORPUS_DIR.partial is gone on with.
 
   Args:
     corpus_dir: the folder to create.
-    source: where the files come from; standard_library is the running
-      interpreter's own.
+    sources: where files come from, separated by commas; standard_library and
+      installed_packages are the running interpreter's own; else a folder, a
+      .zip, .whl or .tar archive, a .jsonl or .parquet file, a glob of these, or
+      jsonl://PATH?field=code&language=python.
     vocab_size: pieces of the vocabulary, task tokens included.
+    vocabulary_dir: a vocabulary to use instead of training one.
+    vocabulary_characters: how much of the training files a vocabulary is
+      trained on.
+    languages: the languages to keep.
+    licences: the licences to keep, as SPDX identifiers; files of unknown
+      licence are kept too.
+    min_tokens: shorter files are dropped.
+    max_tokens: longer ones too.
+    runner: a runner of Apache Beam whose workers share this file system, such
+      as DirectRunner, instead of processes.
+    processes: how many work; all cores by default.
 
   Raises:
-    UserError: the source is unknown, or the folder holds something else.
+    UserError: a source is missing or damaged, or the folder holds something
+      else.
   """
-  if source not in SOURCES:
-    raise UserError(
-        f'expected a source among {", ".join(SOURCES)}, found {source!r}; set '
-        f'--source'
-    )
-  folder = pathlib.Path(corpus_dir)
-  settings = {'source': source, 'vocab_size': vocab_size}
-  metadata = _metadata(folder)
-  if metadata is not None and metadata.get('settings') == settings:
-    _logger.info('The corpus in %s is ready; nothing to do.', folder)
-    return
-  if metadata is not None:
-    raise UserError(
-        f'expected a corpus of {settings} in {folder}, found one of '
-        f'{metadata.get("settings")}; choose another corpus_dir or remove it'
-    )
-  metadata = build_corpus(SOURCES[source](), folder, vocab_size, settings)
+  vocabulary = load_vocabulary(vocabulary_dir) if vocabulary_dir else None
+  settings = CorpusSettings(
+      sources=tuple(sources),
+      languages=tuple(languages),
+      licences=tuple(licence.lower() for licence in licences),
+      vocab_size=vocab_size,
+      vocabulary_characters=vocabulary_characters,
+      min_tokens=min_tokens,
+      max_tokens=max_tokens,
+  )
+  folder = local_path(corpus_dir)
+  metadata = ensure_corpus(
+      with_vocabulary(settings, vocabulary),
+      folder,
+      vocabulary,
+      Beam(runner) if runner else Processes(processes),
+  )
+  dropped = {r: n for r, n in metadata['dropped'].items() if n}
   _logger.info(
-      'Corpus in %s: %d files, %.1f million tokens to train on (%d dropped as '
-      'duplicates).',
+      'Corpus in %s: %d files, %.1f million tokens to train on; dropped: %s.',
       folder,
       sum(metadata['files'].values()),
       metadata['tokens']['train'] / 1e6,
-      metadata['dropped']['duplicate'],
+      ', '.join(f'{n} {reason}' for reason, n in dropped.items()) or 'none',
   )
-
-
-def _metadata(folder: pathlib.Path) -> dict | None:
-  try:
-    metadata = json.loads((folder / layout.METADATA).read_text())
-    if not isinstance(metadata, dict):
-      raise ValueError('no JSON object')
-    return metadata
-  except FileNotFoundError:
-    return None
-  except (OSError, ValueError) as error:
-    raise UserError(
-        f'expected the metadata of a corpus in {folder / layout.METADATA}, '
-        f'found: {error}; remove the folder and prepare the corpus again'
-    ) from error

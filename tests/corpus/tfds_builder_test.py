@@ -6,17 +6,18 @@ import pytest
 
 from codet5p_jax.corpus.source_files import SourceFile
 from codet5p_jax.corpus.splits import split_origins
-from codet5p_jax.corpus.tfds_builder import read_files, write_files
+from codet5p_jax.corpus.tfds_builder import (
+    gather_shards,
+    open_shard,
+    read_files,
+    serialise,
+)
 
 FEATURES = ('text', 'language', 'licence', 'origin', 'path', 'hash')
 
 
 def as_row(file):
   return {name: getattr(file, name).encode() for name in FEATURES}
-
-
-def by_path(rows):
-  return sorted(rows, key=lambda row: row['path'])
 
 
 def test_any_program_that_has_tfds_can_read_the_files(
@@ -36,7 +37,22 @@ def test_any_program_that_has_tfds_can_read_the_files(
   for split, rows in expected.items():
     assert builder.info.splits[split].num_examples == len(rows)
     found = [dict(row) for row in builder.as_data_source(split)]
-    assert by_path(found) == by_path(rows)
+    assert found == rows
+
+
+def write_files(folder, shards):
+  """Writes {split: lists of files, one for each shard}."""
+  paths = {}
+  for split, parts in shards.items():
+    paths[split] = []
+    for number, files in enumerate(parts):
+      path = folder / f'{split}-{number}'
+      shard = open_shard(path)
+      for file in files:
+        shard.write(serialise(file))
+      shard.close()
+      paths[split].append((path, len(files)))
+  gather_shards(folder / 'files', paths)
 
 
 @pytest.fixture(scope='module')
@@ -48,12 +64,16 @@ def odd_files():
   ]
 
 
-def test_texts_come_back_byte_for_byte(odd_files, tmp_path, capsys):
-  write_files(tmp_path, {'train': odd_files, 'test': odd_files[:1]})
+def test_texts_come_back_byte_for_byte_in_order(odd_files, tmp_path, capsys):
+  write_files(
+      tmp_path,
+      {'train': [odd_files[:2], odd_files[2:]], 'test': [odd_files[:1]]},
+  )
   for split, files in (('train', odd_files), ('test', odd_files[:1])):
-    rows = [dict(row) for row in read_files(tmp_path, split)]
-    assert by_path(rows) == [as_row(file) for file in files]
-  assert not (tmp_path / 'downloads').exists()
+    rows = [dict(row) for row in read_files(tmp_path / 'files', split)]
+    assert rows == [as_row(file) for file in files]
+  # The shards were moved.
+  assert [path.name for path in tmp_path.iterdir()] == ['files']
   # Standard output belongs to what a program answers.
   assert capsys.readouterr().out == ''
 
@@ -62,10 +82,13 @@ def test_neither_writing_nor_reading_imports_tensorflow(tmp_path):
   program = f'''
 import pathlib, sys
 from codet5p_jax.corpus.source_files import SourceFile
-from codet5p_jax.corpus.tfds_builder import read_files, write_files
+from codet5p_jax.corpus import tfds_builder
 folder = pathlib.Path({str(tmp_path)!r})
-write_files(folder, {{'train': [SourceFile('a', 'c', 'MIT', 'o', 'p')]}})
-[row] = read_files(folder, 'train')
+shard = tfds_builder.open_shard(folder / 'shard')
+shard.write(tfds_builder.serialise(SourceFile('a', 'c', 'MIT', 'o', 'p')))
+shard.close()
+tfds_builder.gather_shards(folder, {{'train': [(folder / 'shard', 1)]}})
+[row] = tfds_builder.read_files(folder, 'train')
 assert row['text'] == b'a'
 assert 'tensorflow' not in sys.modules, 'tensorflow was imported'
 '''

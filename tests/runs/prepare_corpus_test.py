@@ -4,35 +4,28 @@ import shutil
 
 import pytest
 
+from codet5p_jax import main
 from codet5p_jax.data.vocabularies import load_vocabulary
 from codet5p_jax.errors import UserError
 from codet5p_jax.objectives.causal_lm import CausalLM
 from codet5p_jax.runs import prepare_corpus as module
 from codet5p_jax.runs.prepare_corpus import prepare_corpus
 
-SETTINGS = {'source': 'small', 'vocab_size': 600}
-
-
-@pytest.fixture
-def source(monkeypatch, source_files):
-  """A source of files, and a list that counts how often it was read."""
-  reads = []
-
-  def small():
-    reads.append('small')
-    yield from [*source_files, None, source_files[0]]
-
-  monkeypatch.setitem(module.SOURCES, 'small', small)
-  return reads
+SETTINGS = {'vocab_size': 600, 'processes': 1}
 
 
 @pytest.fixture(scope='module')
-def prepared(source_files, tmp_path_factory):
+def rows(source_files, write_rows, tmp_path_factory):
+  """A table of source files, one of them twice."""
+  folder = tmp_path_factory.mktemp('rows')
+  return str(write_rows(folder / 'rows.jsonl', [*source_files, source_files[0]]))
+
+
+@pytest.fixture(scope='module')
+def prepared(rows, tmp_path_factory):
   """Made once; not to be changed."""
   folder = tmp_path_factory.mktemp('corpora') / 'corpus'
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(module.SOURCES, 'small', lambda: iter(source_files))
-    prepare_corpus(str(folder), **SETTINGS)
+  prepare_corpus(str(folder), [rows], **SETTINGS)
   return folder
 
 
@@ -40,18 +33,26 @@ def modification_times(folder):
   return {path: path.stat().st_mtime_ns for path in folder.rglob('*')}
 
 
-def test_a_prepared_corpus_is_what_training_reads(prepared):
+def expect_refusal(match, *arguments, **options):
+  with pytest.raises(UserError, match=match) as error:
+    prepare_corpus(*arguments, **options)
+  assert '\n' not in str(error.value)
+  return str(error.value)
+
+
+def test_a_prepared_corpus_is_what_training_reads(prepared, rows):
   metadata = json.loads((prepared / 'metadata.json').read_text())
-  assert metadata['settings'] == SETTINGS
+  assert metadata['settings']['sources'] == [rows]
+  assert metadata['settings']['vocab_size'] == 600
   vocabulary = load_vocabulary(prepared / 'vocabulary')
   assert vocabulary.vocab_size == 600
   for split in ('train', 'validation', 'test'):
     assert len(CausalLM(16).rows(str(prepared), split, vocabulary)) > 2
 
 
-def test_the_result_is_told_in_one_line(source, tmp_path, caplog):
+def test_the_result_is_told_in_one_line(rows, tmp_path, caplog):
   with caplog.at_level(logging.INFO):
-    prepare_corpus(str(tmp_path / 'corpus'), **SETTINGS)
+    prepare_corpus(str(tmp_path / 'corpus'), [rows], **SETTINGS)
   [message] = [
       record.getMessage()
       for record in caplog.records
@@ -61,69 +62,153 @@ def test_the_result_is_told_in_one_line(source, tmp_path, caplog):
   tokens = metadata['tokens']['train'] / 1e6
   assert message == (
       f'Corpus in {tmp_path / "corpus"}: 36 files, {tokens:.1f} million tokens '
-      f'to train on (1 dropped as duplicates).'
+      f'to train on; dropped: 1 duplicate.'
   )
-  assert source == ['small']
 
 
-def test_a_corpus_of_the_same_settings_is_kept(source, prepared, caplog):
+def test_a_corpus_of_the_same_settings_is_kept(rows, prepared, caplog):
   before = modification_times(prepared)
   with caplog.at_level(logging.INFO):
-    prepare_corpus(str(prepared), **SETTINGS)
+    # Where the work is done is no setting of the corpus.
+    prepare_corpus(str(prepared), (rows,), vocab_size=600, processes=3)
   assert modification_times(prepared) == before
-  assert source == []  # Nothing was read again.
   assert 'is ready; nothing to do' in caplog.text
 
 
 @pytest.mark.parametrize(
-    'changes', [{'vocab_size': 601}, {'source': 'standard_library'}]
+    ('changes', 'named'),
+    [
+        ({'vocab_size': 601}, "{'vocab_size': 601}"),
+        ({'sources': ['standard_library']}, "{'sources': ['standard_library']}"),
+        ({'max_tokens': 999}, "{'max_tokens': 999}"),
+    ],
 )
-def test_a_corpus_of_other_settings_is_refused(source, prepared, changes):
+def test_a_corpus_of_other_settings_is_refused(
+    rows, prepared, changes, named
+):
   before = modification_times(prepared)
-  with pytest.raises(UserError, match='choose another corpus_dir') as error:
-    prepare_corpus(str(prepared), **SETTINGS | changes)
-  assert str(SETTINGS | changes) in str(error.value)
-  assert str(SETTINGS) in str(error.value)
-  assert '\n' not in str(error.value)
+  line = expect_refusal(
+      'choose another corpus_dir',
+      str(prepared), **{'sources': [rows]} | SETTINGS | changes,
+  )  # fmt: skip
+  assert f'expected a corpus of {named}' in line
   assert modification_times(prepared) == before
-  assert source == []
 
 
-def test_a_folder_of_something_else_is_refused(source, tmp_path):
+def test_a_corpus_of_another_vocabulary_is_refused(rows, prepared, tmp_path):
+  line = expect_refusal(
+      'choose another corpus_dir',
+      str(prepared), [rows], vocabulary_dir=str(prepared / 'vocabulary'),
+      **SETTINGS,
+  )  # fmt: skip
+  fingerprint = load_vocabulary(prepared / 'vocabulary').fingerprint
+  assert f"'vocabulary_fingerprint': '{fingerprint}'" in line
+
+
+def test_a_folder_of_something_else_is_refused(rows, tmp_path):
   (tmp_path / 'notes.txt').write_text('mine')
-  with pytest.raises(UserError, match='found that it exists'):
-    prepare_corpus(str(tmp_path), **SETTINGS)
+  expect_refusal('found that it exists', str(tmp_path), [rows], **SETTINGS)
   assert [path.name for path in tmp_path.iterdir()] == ['notes.txt']
-
-
-def test_an_unknown_source_is_one_clear_line(tmp_path):
-  with pytest.raises(
-      UserError, match="among standard_library, found 'github'; set --source"
-  ):
-    prepare_corpus(str(tmp_path / 'corpus'), source='github')
-  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     'content', [b'{"settings": ', b'\xff\xfe{', b'[1, 2]', b'"text"'],
     ids=['cut', 'not UTF-8', 'a list', 'a text'],
 )  # fmt: skip
-def test_damaged_metadata_are_one_clear_line(
-    source, prepared, tmp_path, content
-):
+def test_damaged_metadata_are_one_clear_line(rows, prepared, tmp_path, content):
   shutil.copytree(prepared, tmp_path / 'corpus')
   (tmp_path / 'corpus' / 'metadata.json').write_bytes(content)
-  with pytest.raises(
-      UserError, match='expected the metadata of a corpus in .*; remove the'
-  ) as error:
-    prepare_corpus(str(tmp_path / 'corpus'), **SETTINGS)
-  assert '\n' not in str(error.value)
-  assert source == []
+  expect_refusal(
+      'expected the metadata of a corpus in .*; remove the',
+      str(tmp_path / 'corpus'), [rows], **SETTINGS,
+  )  # fmt: skip
 
 
-def test_a_folder_that_cannot_be_made_is_one_clear_line(source, tmp_path):
-  (tmp_path / 'file').write_text('mine')
-  with pytest.raises(UserError, match='Not a directory') as error:
-    prepare_corpus(str(tmp_path / 'file' / 'corpus'), **SETTINGS)
-  assert '\n' not in str(error.value)
-  assert (tmp_path / 'file').read_text() == 'mine'
+@pytest.mark.parametrize(
+    ('typed', 'expected'),
+    [
+        (['--sources=github'], "found 'github'; check the path"),
+        (['--source=x'], 'no flag --source; did you mean --sources?'),
+        (['--languages=python,rust'], 'found rust; set --languages'),
+        (['--vocab_size=300'], 'at least 366 pieces'),
+        (['--processes=0'], 'processes to be at least 1'),
+        (['--corpus_dir=gs://bucket/corpus'], 'mount the bucket'),
+        (['--vocabulary_dir=/nowhere'], 'vocabulary file /nowhere'),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_clear_line(
+    tmp_path, capsys, typed, expected
+):
+  flags = [f'--corpus_dir={tmp_path}/corpus', *typed]
+  assert main.main(['prepare_corpus', *flags]) == 2
+  line = capsys.readouterr().err.splitlines()[-1]
+  assert line.startswith('codet5p: ') and expected in line
+  assert not list(tmp_path.iterdir())
+
+
+def write_package(folder, files):
+  folder.mkdir()
+  for name, content in files.items():
+    (folder / name).write_bytes(content)
+  return f'--sources={folder}'
+
+
+@pytest.mark.parametrize(
+    ('files', 'expected'),
+    [
+        ({}, 'expected source files of python'),
+        ({'notes.txt': b'x'}, 'expected source files of python'),
+        ({'one.py': b'x = 1\n' * 99}, 'found 1 in '),
+        ({'a.py': b'\x7fELF\0'}, 'found 0 in .* (dropped: 1 binary)'),
+        ({'a.py': b'caf\xe9'}, 'found 0 in .* (dropped: 1 not_utf8)'),
+        ({'a.py': b'x' * 2**21}, 'found 0 in .* (dropped: 1 oversized)'),
+    ],
+)
+def test_a_folder_that_makes_no_corpus_is_one_clear_line(
+    tmp_path, capsys, files, expected
+):
+  sources = write_package(tmp_path / 'mine', files)
+  corpus_dir = f'--corpus_dir={tmp_path}/corpus'
+  flags = ['prepare_corpus', sources, corpus_dir, '--processes=1']
+  assert main.main(flags) == 2
+  line = capsys.readouterr().err.splitlines()[-1]
+  assert line.startswith('codet5p: ')
+  for part in expected.split('.*'):
+    assert part in line
+  assert [path.name for path in tmp_path.iterdir()] == ['mine']
+
+
+@pytest.mark.parametrize('bad', [1, 10, 11, 1000])
+def test_some_bad_rows_are_skipped_and_many_are_refused(
+    source_files, write_rows, tmp_path, caplog, bad
+):
+  rows = write_rows(tmp_path / 'rows.jsonl', source_files)
+  lines = rows.read_text().splitlines()
+  lines[5:5] = ['{"txt": "x = 1"}'] * bad
+  rows.write_text('\n'.join(lines))
+  arguments = str(tmp_path / 'corpus'), [str(rows)]
+  if bad > 10:
+    expect_refusal(
+        f'every row of .*rows.jsonl, found {bad} bad rows of {36 + bad}, the '
+        f'first in line 6: no text; mend',
+        *arguments, **SETTINGS,
+    )  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ['rows.jsonl']
+    return
+  prepare_corpus(*arguments, **SETTINGS)
+  assert f'Skipped {bad} bad rows of {36 + bad}' in caplog.text
+  assert 'the first in line 6: no text' in caplog.text
+  metadata = json.loads((tmp_path / 'corpus' / 'metadata.json').read_text())
+  assert metadata['dropped']['bad_row'] == bad
+
+
+@pytest.mark.parametrize('number', [3, 5000])
+def test_a_field_that_no_row_has_is_told_early(tmp_path, number):
+  rows = tmp_path / 'rows.jsonl'
+  rows.write_text('{"code": "x = 1"}\n' * number)
+  expect_refusal(
+      f'found {min(number, 1000)} bad rows of {min(number, 1000)}, the first '
+      f'in line 1: no source; mend',
+      str(tmp_path / 'corpus'), [f'jsonl://{rows}?field=source'], **SETTINGS,
+  )  # fmt: skip
+  assert [path.name for path in tmp_path.iterdir()] == ['rows.jsonl']
