@@ -5,13 +5,13 @@ the one module of this floor that imports tensorflow_datasets. The shards are
 written one by one, wherever their files are at hand, and put together by name.
 """
 
-import functools
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
+from tensorflow_datasets.proto import tf_example_pb2
 
 from codet5p_jax.corpus.source_files import SourceFile
 
@@ -21,24 +21,13 @@ _FEATURES = ('text', 'language', 'licence', 'origin', 'path', 'hash')
 _FORMAT = 'array_record'
 
 
-@functools.cache
-def _features() -> tfds.features.FeaturesDict:
-  return tfds.features.FeaturesDict(
-      {feature: tfds.features.Text() for feature in _FEATURES}
-  )
-
-
-@functools.cache
-def _serializer() -> Any:
-  return tfds.core.example_serializer.ExampleSerializer(
-      _features().get_serialized_info()
-  )
-
-
 def serialise(file: SourceFile) -> bytes:
-  """A file as a record of a shard."""
-  row = {feature: getattr(file, feature) for feature in _FEATURES}
-  example = _serializer().get_tf_example(_features().encode_example(row))
+  """A file as a record of a shard: a tf.train.Example."""
+  # As the serializer of TFDS, in a tenth of the time.
+  example = tf_example_pb2.Example()
+  for name in _FEATURES:
+    feature = example.features.feature[name]
+    feature.bytes_list.value.append(getattr(file, name).encode())
   # Otherwise the order of the features depends on the process.
   return example.SerializeToString(deterministic=True)
 
@@ -85,7 +74,9 @@ def gather_shards(
     )
   tfds.folder_dataset.write_metadata(
       data_dir=version,
-      features=_features(),
+      features=tfds.features.FeaturesDict(
+          {feature: tfds.features.Text() for feature in _FEATURES}
+      ),
       split_infos=splits,
       filename_template=template,
       description='Source files of a corpus, split by origin.',

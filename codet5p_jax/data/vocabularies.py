@@ -427,6 +427,10 @@ class SentencePiece(Vocabulary):
         self._processor.piece_to_id(f'<0x{byte:02X}>')
         for byte in sentencepiece_models.META_SYMBOL.encode()
     ]
+    # Unless a piece joins a newline with something else.
+    joins_lines = any(b'\n' in piece and piece != b'\n' for piece in pieces)
+    newline_id = self._processor.piece_to_id('\n')
+    self._newline_id = None if joins_lines else newline_id
     super().__init__(
         kind=kind,
         files=files,
@@ -474,9 +478,23 @@ class SentencePiece(Vocabulary):
     return cls('sentencepiece', {_SENTENCEPIECE_FILE: content})
 
   def encode(self, text: str) -> list[int]:
-    # The library is faster on one text than on a list of one.
-    ids = self._processor.encode(_check_has_no_surrogate(text))
-    return self._keep_meta_symbol(text, ids)
+    _check_has_no_surrogate(text)
+    if sentencepiece_models.META_SYMBOL in text or self._newline_id is None:
+      # The library is faster on one text than on a list of one.
+      return self._keep_meta_symbol(text, self._processor.encode(text))
+    # Lines are encoded apart, and those of code are often the same: this takes
+    # three quarters of the time.
+    lines = text.split('\n')
+    distinct = list(dict.fromkeys(lines))
+    encoded = dict(
+        zip(distinct, self._processor.encode(distinct, num_threads=1))
+    )
+    ids = []
+    for line in lines:
+      ids += encoded[line]
+      ids.append(self._newline_id)
+    ids.pop()
+    return ids
 
   def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
     texts = [_check_has_no_surrogate(text) for text in texts]

@@ -119,6 +119,18 @@ def test_a_batch_encodes_as_its_texts_do(kind, small_vocabularies):
   assert vocabulary.encode_batch([]) == []
 
 
+def test_lines_encoded_apart_give_the_ids_of_the_whole(small_vocabularies):
+  vocabulary = small_vocabularies['sentencepiece']
+
+  @hypothesis.settings(deadline=None)
+  @hypothesis.given(st.lists(TEXTS, max_size=4).map('\n'.join))
+  def check(text):
+    # A batch is encoded without regard to lines.
+    assert vocabulary.encode(text) == vocabulary.encode_batch([text])[0]
+
+  check()
+
+
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_lone_surrogate_is_an_error(kind, small_vocabularies):
   vocabulary = small_vocabularies[kind]
