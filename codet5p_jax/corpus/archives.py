@@ -25,6 +25,7 @@ from codet5p_jax.corpus.licences import join_licences, normalise_licence
 from codet5p_jax.corpus.source_files import (
     UNKNOWN,
     SourceFile,
+    as_text,
     language_of_path,
 )
 from codet5p_jax.corpus.units import Unit
@@ -101,7 +102,8 @@ def read_archive(unit: Unit) -> Iterator[SourceFile | Dropped]:
       if reason:
         yield Dropped(reason, language)
       else:
-        yield SourceFile(text, language, licence, unit.origin, path)
+        shown = as_text(path)
+        yield SourceFile(text, language, licence, unit.origin, shown)
 
 
 class _Member:

@@ -4,12 +4,14 @@ import dataclasses
 import json
 import logging
 import pathlib
+import shutil
 from collections.abc import Iterator
 
 import numpy as np
 import tqdm
 
 from codet5p_jax.corpus import folder as layout
+from codet5p_jax.corpus import work_folder
 from codet5p_jax.corpus.build import CorpusSettings, as_json, build_corpus
 from codet5p_jax.corpus.executors import Executor, Processes
 from codet5p_jax.corpus.reading import whole_folder
@@ -87,6 +89,8 @@ def ensure_corpus(
   found = metadata.get('settings')
   if found == wanted:
     _logger.info('The corpus in %s is ready; nothing to do.', corpus_dir)
+    # A run that was killed at its very end may have left it.
+    shutil.rmtree(work_folder.partial(corpus_dir), ignore_errors=True)
     return metadata
   found = found if isinstance(found, dict) else {}
   names = [name for name in wanted if found.get(name) != wanted[name]]

@@ -25,6 +25,7 @@ from codet5p_jax.corpus.filters import Dropped
 from codet5p_jax.corpus.source_files import (
     UNKNOWN,
     SourceFile,
+    as_text,
     language_of_path,
 )
 from codet5p_jax.corpus.splits import origin_key
@@ -159,7 +160,8 @@ def _read_file(file: PlannedFile) -> SourceFile | Dropped:
   text, reason = filters.decode(content)
   if reason:
     return Dropped(reason, language)
-  return SourceFile(text, language, file.licence, file.origin, file.shown)
+  shown = as_text(file.shown)
+  return SourceFile(text, language, file.licence, file.origin, shown)
 
 
 def refuse_bad_rows(

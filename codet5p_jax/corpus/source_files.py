@@ -77,10 +77,15 @@ def language_of_name(name: str) -> str:
   return _OTHER_NAMES.get(name, name) or UNKNOWN
 
 
+def as_text(name: str) -> str:
+  """A file's name as UTF-8 can hold it: names may be any bytes."""
+  return name.encode(errors='replace').decode()
+
+
 def normalise_origin(name: str) -> str:
   """One spelling for a package's name, as PEP 503 has it.
 
   >>> normalise_origin('Typing_Extensions'), normalise_origin('zope.interface')
   ('typing-extensions', 'zope-interface')
   """
-  return re.sub(r'[-_.]+', '-', name.strip().lower()).strip('-')
+  return re.sub(r'[-_.]+', '-', as_text(name).strip().lower()).strip('-')

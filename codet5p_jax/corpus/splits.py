@@ -64,8 +64,3 @@ def split_keys(keys: np.ndarray, validation: float, test: float) -> np.ndarray:
     if not counts[split] and counts[largest] > 1:
       splits[np.flatnonzero(splits == largest)[0]] = split
   return splits
-
-
-def missing_splits(assigned: dict[str, str]) -> list[str]:
-  """The splits no origin was assigned to."""
-  return [split for split in SPLITS if split not in assigned.values()]

@@ -17,6 +17,7 @@ from codet5p_jax.corpus.licences import join_licences, normalise_licence
 from codet5p_jax.corpus.source_files import (
     UNKNOWN,
     SourceFile,
+    as_text,
     language_of_name,
     language_of_path,
     normalise_origin,
@@ -194,10 +195,7 @@ def _source_file(
 
 def _words(row: Mapping[str, Any], given: str | None, role: str) -> str:
   value = _value(row, given, role)
-  # A lone surrogate would not go into a file.
-  if not isinstance(value, str):
-    return ''
-  return value.encode(errors='replace').decode()
+  return as_text(value) if isinstance(value, str) else ''
 
 
 def _licence(row: Mapping[str, Any], given: str | None) -> str:

@@ -20,6 +20,11 @@ _logger = logging.getLogger(__name__)
 _PLAN, _LOCK = 'plan.json', 'lock'
 
 
+def partial(result: pathlib.Path) -> pathlib.Path:
+  """Where a result is made."""
+  return result.with_name(result.name + '.partial')
+
+
 @contextlib.contextmanager
 def work_folder(result: pathlib.Path, plan: str) -> Iterator[pathlib.Path]:
   """Opens `<result>.partial` for this process alone.
@@ -42,7 +47,7 @@ def work_folder(result: pathlib.Path, plan: str) -> Iterator[pathlib.Path]:
         f'expected to create {result}, found that it exists; remove it or '
         f'choose another folder'
     )
-  folder = result.with_name(result.name + '.partial')
+  folder = partial(result)
   is_new = not folder.exists()
   with (
       explaining_storage_faults(

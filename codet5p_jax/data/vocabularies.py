@@ -27,7 +27,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
-from codet5p_jax import errors
+from codet5p_jax import errors, storage
 from codet5p_jax.data import sentencepiece_models, vocabulary_files, words
 from codet5p_jax.data import task_tokens as task_tokens_lib
 
@@ -206,7 +206,7 @@ class Vocabulary(abc.ABC):
       if (folder / _DESCRIPTION_FILE).is_file():
         self._check_same_as(folder)
         return
-      raise errors.UserError(
+      raise storage.StorageFault(
           f'cannot write the vocabulary folder {folder}: {error.strerror}; '
           'give a folder that can be made and written'
       ) from error

@@ -67,6 +67,11 @@ def test_every_kind_of_archive_is_read_in_its_order(tmp_path, name):
   ]
 
 
+def test_a_name_that_is_not_utf_8_is_shown_as_far_as_it_can_be(tmp_path):
+  path = pack(tmp_path / 'p.tar', {'p/\udcff.py': b'a = 1\n'})
+  assert read(path)[0].path == 'p/?.py'
+
+
 @pytest.mark.parametrize('name', ['p.whl', 'p.tgz'])
 @pytest.mark.parametrize(
     ('path', 'content', 'licence'),

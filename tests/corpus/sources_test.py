@@ -7,6 +7,7 @@ import pytest
 
 from codet5p_jax.corpus import units
 from codet5p_jax.corpus.sources import plan_units
+from codet5p_jax.corpus.tables import read_jsonl
 from codet5p_jax.corpus.units import RowFields, archive_origin
 from codet5p_jax.errors import UserError
 
@@ -91,6 +92,12 @@ def test_a_long_table_is_many_units_that_cover_it(tmp_path, monkeypatch):
   found = plan_units([str(path)])
   assert [unit.part for unit in found] == [(0, 40), (40, 80), (80, 92)]
   assert [unit.size for unit in found] == [40, 40, 12]
+
+
+def test_an_empty_table_is_a_unit_without_rows(tmp_path):
+  [unit] = plan_units([str(write(tmp_path / 'a.jsonl', b''))])
+  assert (unit.part, unit.size) == (None, 0)
+  assert not list(read_jsonl(unit))
 
 
 def test_an_address_names_the_fields(tmp_path):

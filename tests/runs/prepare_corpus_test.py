@@ -68,11 +68,14 @@ def test_the_result_is_told_in_one_line(rows, tmp_path, caplog):
 
 def test_a_corpus_of_the_same_settings_is_kept(rows, prepared, caplog):
   before = modification_times(prepared)
+  left = prepared.with_name('corpus.partial')
+  left.mkdir()
   with caplog.at_level(logging.INFO):
     # Where the work is done is no setting of the corpus.
     prepare_corpus(str(prepared), (rows,), vocab_size=600, processes=3)
   assert modification_times(prepared) == before
   assert 'is ready; nothing to do' in caplog.text
+  assert not left.exists()
 
 
 @pytest.mark.parametrize(
