@@ -100,7 +100,10 @@ def finish(
     folder: pathlib.Path, made: pathlib.Path, result: pathlib.Path
 ) -> None:
   """Moves what was made in the folder to its place, and removes the folder."""
-  # So that after a power cut no file that was renamed is found empty.
-  os.sync()
+  # So that after a power cut no file that was moved is found empty.
+  for path in made.rglob('*'):
+    if path.is_file():
+      with open(path, 'rb') as file:
+        os.fsync(file)
   os.replace(made, result)
   shutil.rmtree(folder, ignore_errors=True)
