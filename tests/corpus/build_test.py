@@ -403,7 +403,8 @@ def test_after_a_failure_midway_the_next_run_goes_on(
   if expected is UserError:
     assert 'No space left on device; choose a folder' in str(error.value)
     assert '\n' not in str(error.value)
-  caplog.set_level('INFO')
+  caplog.clear()
+  caplog.set_level('INFO', 'codet5p_jax')
   build_corpus(settings, tmp_path / 'corpus', None, Processes(1))
   assert 'Going on with what a stopped run left' in caplog.text
   assert 'Training a vocabulary' not in caplog.text
