@@ -14,7 +14,7 @@ CODET5P := .venv/bin/codet5p
 
 RUN_DIR ?= runs/pretrain
 CORPUS_DIR ?= runs/corpus
-TRAIN_STEPS ?= 1000
+TRAIN_STEPS ?= 1400
 
 # Without compiled modules, importing TensorFlow takes three times as long.
 unexport PYTHONDONTWRITEBYTECODE
@@ -23,18 +23,18 @@ unexport PYTHONDONTWRITEBYTECODE
 
 pretrain: .venv/installed-$(VERSION)
 	$(CODET5P) prepare_corpus --corpus_dir=$(CORPUS_DIR) \
-	  --sources=standard_library,installed_packages --vocab_size=4096
+	  --sources=standard_library,installed_packages --languages=python
 	$(CODET5P) train --gin_file=models/tiny.gin \
 	  --gin_file=objectives/stage_1.gin --gin_file=runs/pretrain.gin \
 	  DATA_DIR=$(CORPUS_DIR) RUN_DIR=$(RUN_DIR) TRAIN_STEPS=$(TRAIN_STEPS) \
-	  BATCH_SIZE=16 LEARNING_RATE=6e-3 WARMUP_STEPS=50 DTYPE=float32 \
+	  BATCH_SIZE=8 LEARNING_RATE=6e-3 WARMUP_STEPS=50 DTYPE=float32 \
 	  REMAT_POLICY=none EVALUATE_EVERY=200 CHECKPOINT_EVERY=200 \
 	  CAUSAL_LM_FIRST_STEP=200 DENOISING_BATCH_SCALE=2 \
-	  DENOISING_SOURCE_LENGTH=128 DENOISING_TARGET_LENGTH=48 \
+	  DENOISING_SOURCE_LENGTH=256 DENOISING_TARGET_LENGTH=80 \
 	  SEQ2SEQ_ROW_LENGTH=130 SEQ2SEQ_SOURCE_LENGTH=128 \
 	  SEQ2SEQ_TARGET_LENGTH=128 CAUSAL_LM_TARGET_LENGTH=128
 	$(CODET5P) evaluate --gin_file=runs/evaluate.gin RUN_DIR=$(RUN_DIR) \
-	  SPLIT=test BATCH_COUNT=20
+	  SPLIT=test
 	$(CODET5P) generate --gin_file=runs/generate.gin RUN_DIR=$(RUN_DIR) \
 	  MAX_NEW_TOKENS=40 \
 	  $$'def heappush(heap, item):\n    """Push item onto heap."""\n' \

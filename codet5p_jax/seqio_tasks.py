@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from codet5p_jax import stage_1
 from codet5p_jax.corpus.folder import SPLITS
+from codet5p_jax.corpus.provision import corpus_of
 from codet5p_jax.data.seqio_vocabularies import SeqioVocabulary
 from codet5p_jax.data.vocabularies import load_vocabulary
 from codet5p_jax.training.batches import EVALUATION_SEED, example_generator
@@ -27,7 +28,8 @@ STAGE_1 = 'stage_1'
 
 
 def register_stage_1(
-    corpus_dir: str,
+    data: str,
+    corpus_dir: str | None = None,
     vocabulary_dir: str | None = None,
     objectives: Sequence[Any] = stage_1.OBJECTIVES,
     seed: int = EVALUATION_SEED,
@@ -38,14 +40,18 @@ def register_stage_1(
   A module that calls this is what `seqio_cache_tasks --module_import` takes.
 
   Args:
-    corpus_dir: a corpus folder.
+    data: a corpus folder; or source files, such as a folder of them or
+      jsonl://rows.jsonl?field=code, of which a corpus is made.
+    corpus_dir: where such a corpus goes.
     vocabulary_dir: by default the corpus folder's own.
     objectives: with the lengths that are wanted.
     seed: of the random numbers; a task draws the same for a row every time.
 
   Raises:
-    UserError: there is no such corpus or vocabulary.
+    UserError: there is no such data or vocabulary, or no corpus_dir where one
+      is needed.
   """
+  corpus_dir = corpus_of(data, corpus_dir, vocabulary_dir)
   vocabulary = load_vocabulary(vocabulary_dir or f'{corpus_dir}/vocabulary')
   for objective in objectives:
     register_task(objective.name, objective, corpus_dir, vocabulary, seed)

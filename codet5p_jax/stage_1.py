@@ -1,7 +1,7 @@
 """The objectives of stage 1 with the paper's lengths (section 4.2).
 
 For what looks at data without a run; a run takes its own from
-`objectives/stage_1.gin`, which says the same.
+`objectives/stage_1.gin`, with the same lengths.
 """
 
 from codet5p_jax.objectives.causal_lm import CausalLM

@@ -1,5 +1,7 @@
 """Tests of the gin files that come with the package."""
 
+import dataclasses
+import pathlib
 import re
 import shlex
 
@@ -11,13 +13,16 @@ from codet5p_jax import configuration
 from codet5p_jax import errors
 from codet5p_jax import gin_paths
 from codet5p_jax import main
+from codet5p_jax import stage_1
+from codet5p_jax.corpus.build import CorpusSettings
 from codet5p_jax.planning.parameters import count, parameter_shapes
 from codet5p_jax.runs.precompile import precompile
+from codet5p_jax.runs.train import train
 from codet5p_jax.sharding import make_mesh
 from codet5p_jax.training.train_step import StepConfig, make_train_step
 
 PARAMETERS = {
-    'models/tiny.gin': 2_492_928,
+    'models/tiny.gin': 1_443_456,
     'models/t5_60m.gin': 60_492_288,
     'models/t5_220m.gin': 222_882_048,
     'models/t5_770m.gin': 737_639_424,
@@ -177,3 +182,32 @@ def test_macros_that_a_run_requires_are_listed_as_required(understand, capsys):
       assert main.main(argv) == 2
       assert f'needs a value for {macro}' in capsys.readouterr().err
       assert macro in listed(name)
+
+
+def test_the_lengths_of_stage_1_are_those_that_inspection_uses():
+  configuration.load(['objectives/stage_1.gin'])
+  configured = configuration.macro('OBJECTIVES')
+  assert [type(o) for o in configured] == [type(o) for o in stage_1.OBJECTIVES]
+  for ours, theirs in zip(configured, stage_1.OBJECTIVES, strict=True):
+    assert ours == dataclasses.replace(
+        theirs, first_step=ours.first_step, batch_scale=ours.batch_scale
+    )
+
+
+def test_the_main_job_fits_its_own_model_and_corpus():
+  """The `make pretrain` of the Makefile, up to where it would train."""
+  makefile = pathlib.Path(__file__).parents[1] / 'Makefile'
+  recipe = makefile.read_text().split('\npretrain:')[1].split('\n\n')[0]
+  commands = recipe.replace('\\\n', ' ').split('$(CODET5P) ')
+  prepare, train_command = (
+      next(c for c in commands if c.startswith(name)).split()
+      for name in ('prepare_corpus', 'train')
+  )
+  flags = dict(word.removeprefix('--').split('=') for word in prepare[1:])
+  assert flags.keys() == {'corpus_dir', 'sources', 'languages'}
+  gin_files = [w.split('=')[1] for w in train_command if '.gin' in w]
+  macros = dict(w.split('=') for w in train_command[1:] if '.gin' not in w)
+  configuration.load(gin_files, macros | {'TRAIN_STEPS': 1000}, run=train)
+  config = configuration.macro('STEP_CONFIG')
+  assert config.model.vocab_size == CorpusSettings.vocab_size
+  assert [o.first_step > 0 for o in config.objectives] == [False, True, True]

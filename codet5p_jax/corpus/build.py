@@ -92,7 +92,7 @@ class CorpusSettings(SourceSettings):
     max_tokens: longer ones too (the paper: 2000).
   """
 
-  vocab_size: int = 8192
+  vocab_size: int = 4096
   vocabulary_characters: int = 32_000_000
   vocabulary_fingerprint: str | None = None
   min_tokens: int = 50

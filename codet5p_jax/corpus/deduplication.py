@@ -13,8 +13,8 @@ import numpy as np
 from codet5p_jax.corpus.splits import split_keys
 
 # Share of the origins that are held out, each.
-VALIDATION_SHARE = 0.03
-TEST_SHARE = 0.03
+VALIDATION_SHARE = 0.05
+TEST_SHARE = 0.05
 
 DROPPED = -1
 _HASHES_IN_MEMORY = 8_000_000

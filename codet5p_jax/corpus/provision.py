@@ -24,7 +24,10 @@ _logger = logging.getLogger(__name__)
 
 
 def corpus_of(
-    data: str, corpus_dir: str, vocabulary_dir: str | None = None
+    data: str,
+    corpus_dir: str | None,
+    vocabulary_dir: str | None = None,
+    vocab_size: int = CorpusSettings.vocab_size,
 ) -> str:
   """The corpus folder of what a user gives as data.
 
@@ -34,8 +37,9 @@ def corpus_of(
   Args:
     data: a corpus folder; or any of `sources.plan_units`, of which a corpus is
       made with the default settings, or was made before.
-    corpus_dir: where such a corpus goes.
+    corpus_dir: where such a corpus goes; None where `data` must be one.
     vocabulary_dir: a vocabulary; the corpus is then tokenised with it too.
+    vocab_size: of the vocabulary that is trained where none is given.
 
   Returns:
     The corpus folder.
@@ -46,9 +50,14 @@ def corpus_of(
   vocabulary = load_vocabulary(vocabulary_dir) if vocabulary_dir else None
   if (pathlib.Path(data) / layout.METADATA).is_file():
     folder = local_path(data)
+  elif corpus_dir is None:
+    raise UserError(
+        f'expected a corpus folder, found no {layout.METADATA} in {data}; give '
+        f'one, or a corpus_dir in which a corpus of it is made'
+    )
   else:
     folder = local_path(corpus_dir)
-    settings = CorpusSettings(sources=(data,))
+    settings = CorpusSettings(sources=(data,), vocab_size=vocab_size)
     ensure_corpus(with_vocabulary(settings, vocabulary), folder, vocabulary)
   if vocabulary is not None:
     add_token_stores(folder, vocabulary)

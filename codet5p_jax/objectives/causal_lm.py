@@ -62,6 +62,7 @@ class CausalLM:
   loss_tile_length: int = 128
 
   name = 'causal_lm'
+  reads_corpus = True
 
   def __post_init__(self):
     teacher_forcing.check_fields(self, target_length=self.target_length)

@@ -97,6 +97,7 @@ class Seq2SeqCausalLM:
   loss_tile_length: int = 128
 
   name = 'seq2seq_causal_lm'
+  reads_corpus = True
 
   def __post_init__(self):
     teacher_forcing.check_fields(

@@ -67,6 +67,7 @@ class SequenceToSequence:
   loss_tile_length: int = 128
 
   name = 'sequence_to_sequence'
+  reads_corpus = False
 
   def __post_init__(self):
     teacher_forcing.check_fields(

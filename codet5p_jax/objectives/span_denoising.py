@@ -175,6 +175,7 @@ class SpanDenoising:
   loss_tile_length: int = 128
 
   name = 'span_denoising'
+  reads_corpus = True
 
   def __post_init__(self):
     teacher_forcing.check_fields(

@@ -17,8 +17,13 @@ def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
   Rows that only pad the vocabulary to a whole multiple are not counted: they
   are no part of the model, and conversion drops them.
   """
-  token = jnp.ones((1, 1), jnp.int32)
-  variables = jax.eval_shape(model.init, jax.random.key(0), token, token)
+
+  def init():
+    token = jnp.ones((1, 1), jnp.int32)
+    return model.init(jax.random.key(0), token, token)
+
+  # All within: so no device is claimed or waited for.
+  variables = jax.eval_shape(init)
   boxed = flax.traverse_util.flatten_dict(
       variables['params'], sep='/', is_leaf=_is_boxed
   )

@@ -71,6 +71,7 @@ def pod_commands(
         **corpus_settings,
         'corpus_dir': data_dir,
         'vocab_size': wanted_vocab_size,
+        'vocabulary_fingerprint': None,  # Another vocabulary; and no flag.
     }
     lines += [
         f'# A corpus of the {wanted_vocab_size:,} tokens that the model knows.',

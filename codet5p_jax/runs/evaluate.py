@@ -28,7 +28,8 @@ def evaluate(
     run_dir: the run's folder; the result goes to `evaluation/<split>` in it.
     split: of the data.
     data_dir: by default the run's own.
-    batch_size: rows at a time; by default the run's.
+    batch_size: rows at a time, in multiples of an objective's batch_scale; by
+      default the run's.
     batch_count: at most so many batches; None for the whole split.
     mesh_shape: (replica, data, model).
     operative_config: gives the configuration that replays this run.

@@ -25,9 +25,7 @@ def info(model: Any, trainable: Sequence[str] = ('.*',)) -> int:
   Returns:
     The number of parameters.
   """
-  # Nothing is computed, so no accelerator is claimed or waited for.
-  with jax.default_device(jax.local_devices(backend='cpu')[0]):
-    shapes = parameter_shapes(model.make_model())
+  shapes = parameter_shapes(model.make_model())
   for field in dataclasses.fields(model):
     print(f'{field.name:34}{getattr(model, field.name)!s:>16}')
   print()

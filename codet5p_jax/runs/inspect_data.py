@@ -13,10 +13,11 @@ import numpy as np
 import tqdm
 
 from codet5p_jax import stage_1
+from codet5p_jax.corpus.provision import corpus_of
 from codet5p_jax.data.vocabularies import load_vocabulary
 from codet5p_jax.errors import UserError, require_positive
+from codet5p_jax.storage import local_path
 from codet5p_jax.training.batches import example_generator, training_rows
-from codet5p_jax.training.files import local_path
 from codet5p_jax.training.run_folder import RunFolder, read_config, rebuild
 
 _WIDTH = 80
@@ -41,6 +42,7 @@ class _Task:
 
 def inspect_data(
     data_dir: str | None = None,
+    corpus_dir: str | None = None,
     run_dir: str | None = None,
     task: str | None = None,
     module: str | None = None,
@@ -53,7 +55,9 @@ def inspect_data(
 
   Args:
     data_dir: a corpus folder, looked at as stage 1 with the paper's lengths
-      does; or give run_dir or module.
+      does; or source files, such as a folder of them or
+      jsonl://rows.jsonl?field=code, with corpus_dir. Or give run_dir or module.
+    corpus_dir: where a corpus is made of source files.
     run_dir: the folder of a run, for its own data, objectives and lengths.
     task: one objective, by default all; with module, the name of any seqio
       task or mixture that it registers.
@@ -77,6 +81,8 @@ def inspect_data(
   if module is not None:
     tasks = [_seqio_task(module, task, split)]
   else:
+    if data_dir is not None:
+      data_dir = corpus_of(data_dir, corpus_dir, vocabulary_dir)
     tasks = _objectives(data_dir, run_dir, task, split, vocabulary_dir)
   for each in tasks:
     _show(each, num_examples, num_rows)
@@ -208,5 +214,5 @@ def _show(task: _Task, num_examples: int, num_rows: int) -> None:
     print(line)
   print(
       f'{rows / seconds:,.0f} rows/s, {sum(totals.values()) / seconds:,.0f} '
-      f'tokens/s on one core\n'
+      f'tokens/s\n'
   )

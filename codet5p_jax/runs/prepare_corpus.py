@@ -17,7 +17,7 @@ _logger = logging.getLogger(__name__)
 def prepare_corpus(
     corpus_dir: str,
     sources: Sequence[str] = ('standard_library',),
-    vocab_size: int = 8192,
+    vocab_size: int = 4096,
     vocabulary_dir: str | None = None,
     vocabulary_characters: int = 32_000_000,
     languages: Sequence[str] = tuple(LANGUAGES),

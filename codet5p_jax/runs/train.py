@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from codet5p_jax.corpus.provision import corpus_of
 from codet5p_jax.data.vocabularies import Vocabulary, load_vocabulary
 from codet5p_jax.errors import UserError, require_positive
 from codet5p_jax.planning.chips import peak_flops_per_second
@@ -58,7 +59,9 @@ def train(
   Args:
     step_config: what a step computes.
     run_dir: the run's folder; describes itself, see training/run_folder.py.
-    data_dir: a corpus folder, or what the objectives read.
+    data_dir: what the objectives read. Where that is a corpus folder, source
+      files do as well, such as a folder of them or
+      jsonl://rows.jsonl?field=code: a corpus is made of them beside the run.
     train_steps: updates to make, those before a stop included.
     vocabulary_dir: the vocabulary; by default `data_dir`/vocabulary.
     log_every: steps between rows of metrics.jsonl.
@@ -81,10 +84,17 @@ def train(
       checkpoint_every=checkpoint_every,
       checkpoints_to_keep=checkpoints_to_keep,
   )
-  vocabulary = load_vocabulary(vocabulary_dir or f'{data_dir}/vocabulary')
-  _check_vocabulary(vocabulary, step_config)
   mesh = make_mesh(step_config.mesh_shape)
   train_step = make_train_step(step_config, mesh)
+  if all(objective.reads_corpus for objective in step_config.objectives):
+    data_dir = corpus_of(
+        data_dir,
+        f'{run_dir.rstrip("/")}.corpus',
+        vocabulary_dir,
+        step_config.model.vocab_size,
+    )
+  vocabulary = load_vocabulary(vocabulary_dir or f'{data_dir}/vocabulary')
+  _check_vocabulary(vocabulary, step_config)
   objectives = step_config.objectives
   training = {
       o.name: training_examples(o, data_dir, vocabulary, step_config.seed)

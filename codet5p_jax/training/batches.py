@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from codet5p_jax.training.teacher_forcing import without_sentinels
+from codet5p_jax.training.teacher_forcing import without_markers
 from codet5p_jax.training.train_step import (
     Objective,
     StepBatch,
@@ -66,14 +66,14 @@ def evaluation_examples(
 ) -> Any:
   """A grain.MapDataset of a split's examples, in order, each once.
 
-  Sentinels carry no weight, see `without_sentinels`.
+  Sentinels and the first <s> carry no weight, see `without_markers`.
   """
   import grain
 
   def example(index, row):
     generator = example_generator(EVALUATION_SEED, index)
     made = objective.example(row, generator, vocabulary)
-    return without_sentinels(made, vocabulary.task_tokens.sentinels)
+    return without_markers(made, vocabulary.task_tokens)
 
   rows = objective.rows(data_dir, split, vocabulary)
   return grain.MapDataset.source(rows).map_with_index(example)
@@ -143,7 +143,8 @@ def evaluation_batches(
 ) -> Iterator[dict[str, jax.Array]]:
   """Yields a split's examples once, in order, none dropped.
 
-  The last batch is filled with rows of weight 0.
+  The last batch is filled with rows of weight 0. Where fewer are asked for
+  than there are, they are spread evenly: neighbours are of one package.
 
   Args:
     dataset: grain.MapDataset of examples.
@@ -151,17 +152,16 @@ def evaluation_batches(
     num_batches: at most so many; None for all.
     train_step: gives the sharding.
   """
-  batches = -(-len(dataset) // batch_size)
+  wanted = len(dataset)
   if num_batches is not None:
-    batches = min(batches, num_batches)
-  for number in range(batches):
+    wanted = min(wanted, num_batches * batch_size)
+  for number in range(-(-wanted // batch_size)):
 
     def row(_, index, number=number):
       index += number * batch_size
-      example = dataset[min(index, len(dataset) - 1)]
-      if index >= len(dataset):
-        example = jax.tree.map(np.zeros_like, example)
-      return example
+      if index < wanted:
+        return dataset[index * len(dataset) // wanted]
+      return jax.tree.map(np.zeros_like, dataset[0])
 
     arrays = _global_arrays(row, (1, batch_size), train_step.batch_sharding)
     yield {name: array[0] for name, array in arrays.items()}

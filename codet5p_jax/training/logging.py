@@ -30,6 +30,7 @@ class RunLog:
     <objective>/loss    mean negative log-likelihood of a target token, nats
     <objective>/perplexity   exp of the loss
     <objective>/accuracy   share of target tokens that were the likeliest
+    <objective>/unigram_entropy   of the targets of an evaluation, in nats
     <objective>/tokens  target tokens of this step (of the evaluation)
     grad_norm           global norm of the gradients, before clipping
     learning_rate       of this step
@@ -40,7 +41,9 @@ class RunLog:
     mfu                 model FLOPs of those steps, as a share of what the
                         devices could have done at most; "n/a" where no table
                         has their peak
-  Losses are those of the very step, so a resumed run repeats them exactly. A
+  In evaluations sentinels and the first <s> count neither as targets nor as
+  tokens, so losses of denoising are higher there than in training. Losses of
+  training are those of the very step, so a resumed run repeats them exactly. A
   step holds one or several objectives, and a row has those of its step.
   `train_seconds` and the rates leave out evaluations, checkpoints and steps
   that had to be compiled; the rates are missing where no step is left.

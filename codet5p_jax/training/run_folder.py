@@ -145,10 +145,10 @@ def check_config(
 def describe(value: Any, path: str = 'config') -> Any:
   """Returns a configuration as JSON values.
 
-  >>> from codet5p_jax.objectives.causal_lm import CausalLM
-  >>> describe(CausalLM(target_length=512))
-  {'class': 'codet5p_jax.objectives.causal_lm.CausalLM',
-   'fields': {'target_length': 512, 'rate': 1.0, 'loss_tile_length': 128}}
+  >>> from codet5p_jax.training.optimizers import SGD
+  >>> describe(SGD(learning_rate=0.5))
+  {'class': 'codet5p_jax.training.optimizers.SGD',
+   'fields': {'learning_rate': 0.5}}
 
   Args:
     value: None, a number, a string, a tuple or list, a mapping with keys of

@@ -3,7 +3,8 @@
 The loss of every objective whose batch is a source and a target.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import flax.linen as nn
 import jax
@@ -19,6 +20,9 @@ from codet5p_jax.training.train_step import (
     Objective,
     ObjectiveOutput,
 )
+
+if TYPE_CHECKING:
+  from codet5p_jax.data.task_tokens import TaskTokens
 
 
 def batch_spec(
@@ -68,19 +72,24 @@ def padded_example(
   }
 
 
-def without_sentinels(
-    example: Mapping[str, np.ndarray], sentinels: Sequence[int]
+def without_markers(
+    example: Mapping[str, np.ndarray], task_tokens: 'TaskTokens'
 ) -> dict[str, np.ndarray]:
-  """Takes the loss weight from sentinels, for evaluation.
+  """Takes the loss weight from sentinels and the first <s>, for evaluation.
 
   Their order is fixed, so predicting them says nothing about the text.
 
+  >>> from codet5p_jax.data.task_tokens import TaskTokens
+  >>> ids = TaskTokens(pad=0, bos=1, eos=2, unk=3, clm=3, match=4, tdec=5,
+  ...                  cdec=6, sentinels=(99, 98))
   >>> example = padded_example([7, 99], [1, 99, 5, 2], 0, 2, 4)
-  >>> without_sentinels(example, [99, 98])['decoder_loss_weights'].tolist()
-  [1.0, 0.0, 1.0, 1.0]
+  >>> without_markers(example, ids)['decoder_loss_weights'].tolist()
+  [0.0, 0.0, 1.0, 1.0]
   """
-  is_sentinel = np.isin(example['decoder_target_tokens'], sentinels)
-  weights = np.where(is_sentinel, 0, example['decoder_loss_weights'])
+  targets = example['decoder_target_tokens']
+  is_marker = np.isin(targets, task_tokens.sentinels)
+  is_marker[:1] |= targets[:1] == task_tokens.bos
+  weights = np.where(is_marker, 0, example['decoder_loss_weights'])
   return {**example, 'decoder_loss_weights': np.float32(weights)}
 
 
@@ -138,7 +147,7 @@ def check_fields(objective: Objective, **lengths: int) -> None:
 
   Args:
     objective: with the fields of `Objective` and `loss_tile_length`.
-    **lengths: of its rows, by name; macros are their capitals.
+    **lengths: of its rows, by name.
 
   Raises:
     UserError: a field is too small: a row must hold a token between <s> and
@@ -157,6 +166,6 @@ def check_fields(objective: Objective, **lengths: int) -> None:
   for name, length in lengths.items():
     if length < 3:
       raise UserError(
-          f'expected {name} to hold a token between <s> and </s>, found '
-          f'{length}; set {name.upper()} to 3 or more'
+          f'expected {name} of {objective.name} to hold a token between <s> '
+          f'and </s>, found {length}; make it 3 or more, see OBJECTIVES'
       )

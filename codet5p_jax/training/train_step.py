@@ -62,12 +62,14 @@ class Objective(Protocol):
     rate: how often it is drawn, relative to the other objectives.
     first_step: the step from which on it is drawn; 0 for the whole run.
     batch_scale: rows of its micro-batches, in multiples of the run's.
+    reads_corpus: whether its data is a corpus folder.
   """
 
   name: str
   rate: float
   first_step: int
   batch_scale: int
+  reads_corpus: bool
 
   def rows(self, data_dir: str, split: str, vocabulary: Any) -> Sequence[Any]:
     """The data of a split, by index; an example is made of each row."""
@@ -125,6 +127,9 @@ class StepConfig:
     batch_size: rows of a step, over all devices and micro-batches; an
       objective may multiply them by its `batch_scale`.
     num_microbatches: parts into which a step's rows are cut to save memory.
+      Each holds one objective. One part: objectives take turns, each with its
+      own mean. Several: the mean is over the target tokens of all, so those
+      with more of them weigh more.
     trainable: patterns of parameter paths, see `partition_params`.
     seed: of initial weights, data order and dropout.
     mesh_shape: (replica, data, model), one of them may be -1.

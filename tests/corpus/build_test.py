@@ -24,7 +24,7 @@ SPLITS = ('train', 'validation', 'test')
 
 @pytest.fixture(scope='module')
 def split_of(source_files):
-  return split_origins((file.origin for file in source_files), 0.03, 0.03)
+  return split_origins((file.origin for file in source_files), 0.05, 0.05)
 
 
 def in_split(files, split_of, split):
@@ -268,7 +268,7 @@ def test_a_corpus_of_one_or_two_origins_holds_out_files(
 def test_origins_whose_files_are_all_too_short_are_not_held_out(
     source_files, make_small_corpus, tmp_path, caplog
 ):
-  split_of = split_origins((file.origin for file in source_files), 0.03, 0.03)
+  split_of = split_origins((file.origin for file in source_files), 0.05, 0.05)
   files = [
       dataclasses.replace(file, text=f'x = {index}\n')
       if split_of[file.origin] == 'test'

@@ -55,7 +55,7 @@ def test_origins_are_split_as_by_name(units):
   assignment = SplitAssignment(
       units.__getitem__, masks, np.empty(0, np.uint64)
   )
-  expected = split_origins(ORIGINS, 0.03, 0.03)
+  expected = split_origins(ORIGINS, 0.05, 0.05)
   by_key = {origin_key(o): split for o, split in expected.items()}
   names = ('train', 'validation', 'test')
   for index, (keys, mask) in enumerate(zip(units, masks, strict=True)):

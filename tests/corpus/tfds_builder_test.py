@@ -29,7 +29,7 @@ def test_any_program_that_has_tfds_can_read_the_files(
       small_corpus / 'files' / 'source_files' / '1.0.0'
   )
   assert set(builder.info.features) == set(FEATURES)
-  split_of = split_origins((file.origin for file in source_files), 0.03, 0.03)
+  split_of = split_origins((file.origin for file in source_files), 0.05, 0.05)
   expected = collections.defaultdict(list)
   for file in source_files:
     expected[split_of[file.origin]].append(as_row(file))

@@ -66,7 +66,7 @@ def test_no_row_of_the_default_lengths_overflows():
          'source_length to hold nine tenths of a row of 30 .* 29 in all'),
         ({'row_length': 30, 'source_length': 29, 'target_length': 28},
          'target_length to hold .* 29 in all, found 28'),
-        ({'row_length': 2}, 'set ROW_LENGTH'),
+        ({'row_length': 2}, 'row_length of seq2seq_causal_lm to hold'),
         ({'batch_scale': -1}, 'batch_scale to be at least 1'),
     ],
 )  # fmt: skip

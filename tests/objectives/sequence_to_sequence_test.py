@@ -124,8 +124,9 @@ def test_a_dataset_holds_the_pairs_in_the_order_of_the_file(write, vocabulary):
       ids = example[feature].tolist()
       assert (ids[0], ids[1 + len(vocabulary.encode(text))]) == (1, 2)
       assert vocabulary.decode(ids) == text
-    framed = len(vocabulary.encode(target)) + 2
-    assert example['decoder_loss_weights'].sum() == framed
+    # An evaluation does not count the first <s>.
+    counted = len(vocabulary.encode(target)) + 1
+    assert example['decoder_loss_weights'].sum() == counted
 
 
 def test_examples_have_the_shapes_that_the_step_is_compiled_for(
@@ -195,6 +196,6 @@ def test_padding_is_no_target(write, vocabulary):
   dataset = evaluation_examples(OBJECTIVE, folder, 'train', vocabulary)
   for example in dataset:
     np.testing.assert_array_equal(
-        example['decoder_loss_weights'] > 0,
-        example['decoder_target_tokens'] != vocabulary.task_tokens.pad,
+        example['decoder_loss_weights'][1:] > 0,
+        example['decoder_target_tokens'][1:] != vocabulary.task_tokens.pad,
     )

@@ -177,8 +177,8 @@ def test_the_same_key_hides_the_same_and_another_something_else():
 @pytest.mark.parametrize(
     ('fields', 'expected'),
     [
-        ({'source_length': 2}, 'set SOURCE_LENGTH'),
-        ({'target_length': 2}, 'set TARGET_LENGTH'),
+        ({'source_length': 2}, 'source_length of span_denoising to hold a'),
+        ({'target_length': 2}, 'target_length of span_denoising .* found 2'),
         ({'noise_density': 1.0}, 'noise_density between 0 and 1'),
         ({'max_words': 0}, 'max_words of 1 or more'),
         ({'batch_scale': 0}, 'batch_scale to be at least 1'),

@@ -1,14 +1,17 @@
 import dataclasses
+import inspect
 import re
 import shlex
 
 import pytest
 
-from codet5p_jax import configuration, gin_paths
+from codet5p_jax import configuration, gin_paths, stage_1
+from codet5p_jax.corpus.build import CorpusSettings, as_json
 from codet5p_jax.main import SUBCOMMANDS
 from codet5p_jax.objectives.causal_lm import CausalLM
 from codet5p_jax.objectives.sequence_to_sequence import SequenceToSequence
 from codet5p_jax.planning.pod_command import objectives_gin_file, pod_commands
+from codet5p_jax.runs.prepare_corpus import prepare_corpus
 from codet5p_jax.runs.train import train
 
 PAIRS = SequenceToSequence(source_length=11, target_length=9)
@@ -59,7 +62,8 @@ def test_the_training_command_is_complete(objective):
 
 def test_the_corpus_is_prepared_as_before_but_for_the_vocabulary():
   settings = {'source': 'a b', 'vocab_size': 8192, 'kinds': ['x', 'y'],
-              'limit': None, 'corpus_dir': 'elsewhere'}  # fmt: skip
+              'limit': None, 'corpus_dir': 'elsewhere',
+              'vocabulary_fingerprint': 'f00d'}  # fmt: skip
   commands = pod_commands(
       [CausalLM()], 8192, **RUN | {'corpus_settings': settings}
   )
@@ -107,3 +111,17 @@ def test_commands_fit_the_page_and_name_what_exists():
     assert gin_paths.find(name), name
   for name in re.findall(r'bin/codet5p (\w+)', commands):
     assert name in SUBCOMMANDS
+
+
+def test_the_main_job_s_commands_are_those_that_there_are():
+  settings = as_json(CorpusSettings(vocabulary_fingerprint='f00d'))
+  commands = pod_commands(
+      stage_1.OBJECTIVES, 4096, **RUN | {'corpus_settings': settings}
+  )
+  flags = [
+      word.removeprefix('--').split('=')[0]
+      for word in words_of(commands, 'prepare_corpus')[2:]
+  ]
+  assert set(flags) <= set(inspect.signature(prepare_corpus).parameters)
+  script = words_of(commands, 'tpu_scripts/train_on_tpu_vm.sh')
+  assert '--gin_file=objectives/stage_1.gin' in script

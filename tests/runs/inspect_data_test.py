@@ -127,7 +127,7 @@ def test_any_seqio_task_and_mixture_is_shown(my_tasks, capsys):
         ({}, 'expected one of --data_dir, --run_dir and --module, found none'),
         ({'data_dir': 'a', 'run_dir': 'b'}, 'found --data_dir and --run_dir'),
         ({'module': 'no_such_module'}, 'a Python module no_such_module that'),
-        ({'data_dir': '/nowhere'}, '/nowhere/vocabulary'),
+        ({'data_dir': '/nowhere'}, 'in /nowhere; give one, or a corpus_dir'),
         ({'run_dir': '/nowhere'}, '/nowhere/config.json'),
         ({'data_dir': 'a', 'num_rows': 0}, 'num_rows to be at least 1'),
     ],

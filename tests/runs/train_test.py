@@ -12,6 +12,8 @@ from codet5p_jax.errors import UserError
 from codet5p_jax.models.computation import Computation
 from codet5p_jax.models.t5 import T5Config
 from codet5p_jax.objectives.causal_lm import CausalLM
+from codet5p_jax.objectives.seq2seq_causal_lm import Seq2SeqCausalLM
+from codet5p_jax.objectives.span_denoising import SpanDenoising
 from codet5p_jax.runs.evaluate import evaluate
 from codet5p_jax.runs.generate import generate
 from codet5p_jax.runs.train import train
@@ -38,7 +40,14 @@ def config(small_corpus):
           num_encoder_layers=1,
           num_decoder_layers=3,
       ),
-      objectives=(CausalLM(target_length=16, loss_tile_length=8),),
+      # Stage 1: one objective a step, two of them from step 2 on.
+      objectives=(
+          SpanDenoising(source_length=32, target_length=13, batch_scale=2),
+          Seq2SeqCausalLM(
+              row_length=10, source_length=11, target_length=12, first_step=2
+          ),
+          CausalLM(target_length=16, loss_tile_length=8, first_step=2),
+      ),
       optimizer=AdamW(1e-2, 2, STEPS, 0.1),
       batch_size=8,
       # The decoder's own layers are frozen, as in the composite model.
@@ -116,9 +125,15 @@ def checkpoint_arrays(folder):
 def test_only_steps_that_needed_no_compiling_have_a_speed(undisturbed):
   lines = (undisturbed / 'metrics.jsonl').read_text().splitlines()
   train_rows = [r for r in map(json.loads, lines) if r['kind'] == 'train']
-  assert [row.get('mfu') for row in train_rows] == [None] + ['n/a'] * 6
-  assert train_rows[0]['train_seconds'] == 0
-  assert all(row['steps_per_second'] > 0 for row in train_rows[1:])
+  seen = set()
+  for row in train_rows:
+    [objective] = [key for key in row if key.endswith('/loss')]
+    if objective in seen:
+      assert row['mfu'] == 'n/a' and row['steps_per_second'] > 0
+    else:  # The step of another objective is another program.
+      assert 'mfu' not in row and row['train_seconds'] == 0
+    seen.add(objective)
+  assert len(seen) == 3
 
 
 def test_a_finished_run_is_left_as_it_is(config, small_corpus, undisturbed):
@@ -209,8 +224,10 @@ def test_a_run_goes_on_on_another_mesh(
     monkeypatch.setattr(jax, 'devices', lambda: jax.local_devices()[:1])
   run(other, run_dir, small_corpus)
   for ours, theirs in zip(rows(run_dir), rows(undisturbed), strict=True):
-    assert ours['causal_lm/loss'] == pytest.approx(
-        theirs['causal_lm/loss'], rel=1e-5
+    losses = {k: v for k, v in theirs.items() if k.endswith('/loss')}
+    assert losses
+    assert {name: ours[name] for name in losses} == pytest.approx(
+        losses, rel=1e-5
     )
 
 
@@ -221,3 +238,14 @@ def test_prompts_and_modes_are_checked(undisturbed):
     generate(['x'], str(undisturbed), mode='both')
   with pytest.raises(UserError, match='at least one token, found 0'):
     generate(['x'], str(undisturbed), max_new_tokens=0)
+
+
+def test_source_files_are_data_as_good_as_a_corpus(
+    config, source_files, write_rows, tmp_path
+):
+  data = f'jsonl://{write_rows(tmp_path / "rows.jsonl", source_files)}?field=text'
+  for _ in range(2):  # The second time the corpus is there.
+    run(config, tmp_path / 'run', data, train_steps=1)
+    assert (tmp_path / 'run.corpus' / 'metadata.json').is_file()
+    assert rows(tmp_path / 'run')[-1]['step'] == 1
+  assert load_trained_model(str(tmp_path / 'run')).vocabulary.vocab_size == 600

@@ -53,6 +53,7 @@ class Numbers:
   """An objective whose examples are those of `dataset`, by their numbers."""
 
   name, rate, first_step, batch_scale = 'numbers', 1.0, 0, 1
+  reads_corpus = False
   batch_spec = init_state = loss = len  # Not asked for here.
 
   def __init__(self, source):
@@ -218,7 +219,8 @@ def evaluation_rows(rows, batch_size, num_batches):
     [
         (21, None, [*range(1, 22), 0, 0, 0]),
         (21, 9, [*range(1, 22), 0, 0, 0]),
-        (21, 2, list(range(1, 17))),
+        # 16 of them, spread evenly.
+        (21, 2, [1, 2, 3, 4, 6, 7, 8, 10, 11, 12, 14, 15, 16, 18, 19, 20]),
         (16, None, list(range(1, 17))),
         (3, None, [1, 2, 3, 0, 0, 0, 0, 0]),
     ],
@@ -259,15 +261,15 @@ class Hidden(Numbers):
 
   def example(self, row, generator, vocabulary):
     return {
-        'decoder_target_tokens': np.array([99, row, 98, row, 0], np.int32),
-        'decoder_loss_weights': np.array([1, 1, 1, 1, 0], np.float32),
+        'decoder_target_tokens': np.array([1, row, 98, row, 1, 0], np.int32),
+        'decoder_loss_weights': np.array([1, 1, 1, 1, 1, 0], np.float32),
         'random': generator.integers(2**40, size=(1,)),
     }
 
 
-def test_an_evaluation_draws_the_same_each_time_and_weighs_no_sentinel():
+def test_an_evaluation_draws_the_same_each_time_and_weighs_no_marker():
   vocabulary = types.SimpleNamespace(
-      task_tokens=types.SimpleNamespace(sentinels=(99, 98, 97))
+      task_tokens=types.SimpleNamespace(sentinels=(99, 98, 97), bos=1)
   )
 
   def evaluated():
@@ -280,7 +282,7 @@ def test_an_evaluation_draws_the_same_each_time_and_weighs_no_sentinel():
   first, again = evaluated(), evaluated()
   for index, (example, same) in enumerate(zip(first, again, strict=True)):
     assert example['decoder_target_tokens'][1] == 10 + index
-    assert example['decoder_loss_weights'].tolist() == [0, 1, 0, 1, 0]
+    assert example['decoder_loss_weights'].tolist() == [0, 1, 0, 1, 1, 0]
     assert example['random'] == same['random']
   assert len({int(example['random'][0]) for example in first}) == 5
 
