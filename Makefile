@@ -14,7 +14,7 @@ CODET5P := .venv/bin/codet5p
 
 RUN_DIR ?= runs/pretrain
 CORPUS_DIR ?= runs/corpus
-TRAIN_STEPS ?= 1400
+TRAIN_STEPS ?= 2400
 
 # Without compiled modules, importing TensorFlow takes three times as long.
 unexport PYTHONDONTWRITEBYTECODE
@@ -28,11 +28,12 @@ pretrain: .venv/installed-$(VERSION)
 	  --gin_file=objectives/stage_1.gin --gin_file=runs/pretrain.gin \
 	  DATA_DIR=$(CORPUS_DIR) RUN_DIR=$(RUN_DIR) TRAIN_STEPS=$(TRAIN_STEPS) \
 	  BATCH_SIZE=8 LEARNING_RATE=6e-3 WARMUP_STEPS=50 DTYPE=float32 \
-	  REMAT_POLICY=none EVALUATE_EVERY=200 CHECKPOINT_EVERY=200 \
+	  REMAT_POLICY=none EVALUATE_EVERY=400 CHECKPOINT_EVERY=400 \
 	  CAUSAL_LM_FIRST_STEP=200 DENOISING_BATCH_SCALE=2 \
 	  DENOISING_SOURCE_LENGTH=256 DENOISING_TARGET_LENGTH=80 \
 	  SEQ2SEQ_ROW_LENGTH=130 SEQ2SEQ_SOURCE_LENGTH=128 \
-	  SEQ2SEQ_TARGET_LENGTH=128 CAUSAL_LM_TARGET_LENGTH=128
+	  SEQ2SEQ_TARGET_LENGTH=128 CAUSAL_LM_TARGET_LENGTH=128 \
+	  LOSS_TILE_LENGTH=16
 	$(CODET5P) evaluate --gin_file=runs/evaluate.gin RUN_DIR=$(RUN_DIR) \
 	  SPLIT=test
 	$(CODET5P) generate --gin_file=runs/generate.gin RUN_DIR=$(RUN_DIR) \
