@@ -6,9 +6,8 @@ The encoder sees the single token [CLM]; the decoder generates the whole row.
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 
 from codet5p_jax.corpus.folder import token_rows
@@ -44,7 +43,7 @@ def follow_clm(
 
 
 @dataclasses.dataclass(frozen=True)
-class CausalLM:
+class CausalLM(teacher_forcing.TeacherForced):
   """Decoder-only causal language modelling over a corpus folder.
 
   Attributes:
@@ -62,21 +61,11 @@ class CausalLM:
   loss_tile_length: int = 128
 
   name = 'causal_lm'
+  source_length = 1
   reads_corpus = True
 
   def __post_init__(self):
     teacher_forcing.check_fields(self, target_length=self.target_length)
-
-  def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    return teacher_forcing.batch_spec(batch_size, 1, self.target_length)
-
-  def init_state(self, model: Any, params: Any) -> dict[str, Any]:
-    return {}
-
-  def loss(self, model, params, state, batch, key):
-    return teacher_forcing.loss(
-        model, params, state, batch, key, self.loss_tile_length
-    )
 
   def rows(
       self, data_dir: str, split: str, vocabulary: 'Vocabulary'
@@ -95,16 +84,3 @@ class CausalLM:
   ) -> tuple[np.ndarray, np.ndarray]:
     del generator  # Nothing is random.
     return follow_clm(row, vocabulary.task_tokens)
-
-  def example(
-      self,
-      row: Mapping[str, np.ndarray],
-      generator: np.random.Generator,
-      vocabulary: 'Vocabulary',
-  ) -> dict[str, np.ndarray]:
-    return teacher_forcing.padded_example(
-        *self.source_and_target(row, generator, vocabulary),
-        vocabulary.task_tokens.pad,
-        1,
-        self.target_length,
-    )

@@ -8,9 +8,8 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 
 from codet5p_jax.corpus.folder import token_rows
@@ -74,7 +73,7 @@ def cut_at_pivot(
 
 
 @dataclasses.dataclass(frozen=True)
-class Seq2SeqCausalLM:
+class Seq2SeqCausalLM(teacher_forcing.TeacherForced):
   """Sequence-to-sequence causal language modelling over a corpus folder.
 
   Attributes:
@@ -119,19 +118,6 @@ class Seq2SeqCausalLM:
             f'{getattr(self, name)}; raise it or shorten the rows'
         )
 
-  def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    return teacher_forcing.batch_spec(
-        batch_size, self.source_length, self.target_length
-    )
-
-  def init_state(self, model: Any, params: Any) -> dict[str, Any]:
-    return {}
-
-  def loss(self, model, params, state, batch, key):
-    return teacher_forcing.loss(
-        model, params, state, batch, key, self.loss_tile_length
-    )
-
   def rows(
       self, data_dir: str, split: str, vocabulary: 'Vocabulary'
   ) -> 'TokenRows':
@@ -147,16 +133,3 @@ class Seq2SeqCausalLM:
       vocabulary: 'Vocabulary',
   ) -> tuple[np.ndarray, np.ndarray]:
     return cut_at_pivot(row, generator, vocabulary.task_tokens)
-
-  def example(
-      self,
-      row: Mapping[str, np.ndarray],
-      generator: np.random.Generator,
-      vocabulary: 'Vocabulary',
-  ) -> dict[str, np.ndarray]:
-    return teacher_forcing.padded_example(
-        *self.source_and_target(row, generator, vocabulary),
-        vocabulary.task_tokens.pad,
-        self.source_length,
-        self.target_length,
-    )

@@ -6,7 +6,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from codet5p_jax.errors import UserError
@@ -42,7 +41,7 @@ def frame_pair(
 
 
 @dataclasses.dataclass(frozen=True)
-class SequenceToSequence:
+class SequenceToSequence(teacher_forcing.TeacherForced):
   """Fine-tuning on pairs: a folder of `train.jsonl` and `validation.jsonl`.
 
   Attributes:
@@ -76,19 +75,6 @@ class SequenceToSequence:
         target_length=self.target_length,
     )
 
-  def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    return teacher_forcing.batch_spec(
-        batch_size, self.source_length, self.target_length
-    )
-
-  def init_state(self, model: Any, params: Any) -> dict[str, Any]:
-    return {}
-
-  def loss(self, model, params, state, batch, key):
-    return teacher_forcing.loss(
-        model, params, state, batch, key, self.loss_tile_length
-    )
-
   def rows(
       self, data_dir: str, split: str, vocabulary: 'Vocabulary'
   ) -> list[dict[str, str]]:
@@ -108,19 +94,6 @@ class SequenceToSequence:
         vocabulary.encode(row[self.source_field]),
         vocabulary.encode(row[self.target_field]),
         vocabulary.task_tokens,
-        self.source_length,
-        self.target_length,
-    )
-
-  def example(
-      self,
-      row: Mapping[str, str],
-      generator: np.random.Generator,
-      vocabulary: 'Vocabulary',
-  ) -> dict[str, np.ndarray]:
-    return teacher_forcing.padded_example(
-        *self.source_and_target(row, generator, vocabulary),
-        vocabulary.task_tokens.pad,
         self.source_length,
         self.target_length,
     )

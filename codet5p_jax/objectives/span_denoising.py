@@ -7,9 +7,8 @@ sentinel; the decoder tells each sentinel and what it hid.
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 
 from codet5p_jax.corpus.folder import token_rows
@@ -149,7 +148,7 @@ def hide_spans(
 
 
 @dataclasses.dataclass(frozen=True)
-class SpanDenoising:
+class SpanDenoising(teacher_forcing.TeacherForced):
   """Whole-word span denoising over a corpus folder.
 
   Attributes:
@@ -190,19 +189,6 @@ class SpanDenoising:
           f'SpanDenoising of OBJECTIVES'
       )
 
-  def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    return teacher_forcing.batch_spec(
-        batch_size, self.source_length, self.target_length
-    )
-
-  def init_state(self, model: Any, params: Any) -> dict[str, Any]:
-    return {}
-
-  def loss(self, model, params, state, batch, key):
-    return teacher_forcing.loss(
-        model, params, state, batch, key, self.loss_tile_length
-    )
-
   def rows(
       self, data_dir: str, split: str, vocabulary: 'Vocabulary'
   ) -> 'TokenRows':
@@ -225,17 +211,4 @@ class SpanDenoising:
         self.target_length,
         self.noise_density,
         self.max_words,
-    )
-
-  def example(
-      self,
-      row: Mapping[str, np.ndarray],
-      generator: np.random.Generator,
-      vocabulary: 'Vocabulary',
-  ) -> dict[str, np.ndarray]:
-    return teacher_forcing.padded_example(
-        *self.source_and_target(row, generator, vocabulary),
-        vocabulary.task_tokens.pad,
-        self.source_length,
-        self.target_length,
     )

@@ -4,7 +4,7 @@ The loss of every objective whose batch is a source and a target.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -140,6 +140,34 @@ def loss(
   return loss_sum, ObjectiveOutput(
       weight=weight, metrics={'accuracy': (correct, weight)}, state=state
   )
+
+
+class TeacherForced:
+  """What all objectives of a source and a target have in common.
+
+  A class that inherits it has `source_length`, `target_length` and
+  `loss_tile_length`, and makes unpadded pairs in `source_and_target(row,
+  generator, vocabulary)`.
+  """
+
+  def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    return batch_spec(batch_size, self.source_length, self.target_length)
+
+  def init_state(self, model: Any, params: Tree) -> dict[str, Any]:
+    return {}
+
+  def loss(self, model, params, state, batch, key):
+    return loss(model, params, state, batch, key, self.loss_tile_length)
+
+  def example(
+      self, row: Any, generator: np.random.Generator, vocabulary: Any
+  ) -> dict[str, np.ndarray]:
+    return padded_example(
+        *self.source_and_target(row, generator, vocabulary),
+        vocabulary.task_tokens.pad,
+        self.source_length,
+        self.target_length,
+    )
 
 
 def check_fields(objective: Objective, **lengths: int) -> None:
