@@ -416,7 +416,11 @@ def test_after_a_failure_midway_the_next_run_goes_on(
 def test_a_disk_that_is_full_is_one_clear_line(
     source_files, write_rows, tmp_path, processes
 ):
-  """A limit on the size of files stands for the disk: both fail in write."""
+  """A limit on the size of files stands for the disk: both fail in write.
+
+  Python must not cache compiled modules under the limit (-B): it would cut
+  them off in the package's own folder, where every later import breaks.
+  """
   rows = write_rows(tmp_path / 'rows.jsonl', source_files[:20] * 3)
   (tmp_path / 'more.jsonl').write_bytes(rows.read_bytes())
   program = '''
@@ -430,7 +434,7 @@ if __name__ == '__main__':
   (tmp_path / 'limited.py').write_text(program)
   done = subprocess.run(
       [
-          sys.executable, str(tmp_path / 'limited.py'), 'prepare_corpus',
+          sys.executable, '-B', str(tmp_path / 'limited.py'), 'prepare_corpus',
           f'--sources={tmp_path}/*.jsonl', f'--corpus_dir={tmp_path}/corpus',
           '--vocab_size=600', f'--processes={processes}',
       ],

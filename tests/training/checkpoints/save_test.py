@@ -169,9 +169,11 @@ def test_arrays_of_one_process_are_refused_among_several(
 # Orbax leaves callbacks behind whose event loop is closed.
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 def test_a_full_disk_is_one_line_and_leaves_earlier_steps_whole(
-    states, tmp_path
+    states, tmp_path, monkeypatch
 ):
   """A limit on file size is met like a full disk, and needs no mount."""
+  # A module compiled under the limit would be cached cut off, for all to read.
+  monkeypatch.setattr(sys, 'dont_write_bytecode', True)
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   _save(tmp_path, states, 1, max_to_keep=1)
   checkpoints = Checkpoints(tmp_path, max_to_keep=1)
