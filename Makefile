@@ -14,7 +14,7 @@ CODET5P := .venv/bin/codet5p
 
 RUN_DIR ?= runs/pretrain
 CORPUS_DIR ?= runs/corpus
-TRAIN_STEPS ?= 1600
+TRAIN_STEPS ?= 1500
 
 # Without compiled modules, importing TensorFlow takes three times as long.
 unexport PYTHONDONTWRITEBYTECODE
@@ -28,7 +28,7 @@ pretrain: .venv/installed-$(VERSION)
 	  --gin_file=objectives/stage_1.gin --gin_file=runs/pretrain.gin \
 	  DATA_DIR=$(CORPUS_DIR) RUN_DIR=$(RUN_DIR) TRAIN_STEPS=$(TRAIN_STEPS) \
 	  BATCH_SIZE=8 LEARNING_RATE=6e-3 WARMUP_STEPS=50 DTYPE=float32 \
-	  REMAT_POLICY=none EVALUATE_EVERY=400 CHECKPOINT_EVERY=400 \
+	  REMAT_POLICY=none EVALUATE_EVERY=500 CHECKPOINT_EVERY=500 \
 	  CAUSAL_LM_FIRST_STEP=200 DENOISING_BATCH_SCALE=2 \
 	  DENOISING_SOURCE_LENGTH=256 DENOISING_TARGET_LENGTH=80 \
 	  SEQ2SEQ_ROW_LENGTH=130 SEQ2SEQ_SOURCE_LENGTH=128 \
