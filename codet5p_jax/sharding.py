@@ -37,6 +37,10 @@ DEFAULT_RULES: Rules = (
     ('layers', None),
     ('buckets', None),
     ('norm', None),
+    # The width of the decoder, where that of the encoder stands beside it.
+    ('decoder_embed', None),
+    ('projection', None),
+    ('classes', None),
     # Activations.
     ('batch', BATCH_AXES),
     ('act_length', None),

@@ -22,13 +22,12 @@ import pytest
 
 
 def _random_parameters(model, seed=0):
-  """Returns parameters that hide nothing, without compiling `model.init`.
+  """Returns parameters that hide nothing, without compiling `init_params`.
 
   Initial weights would: all norms scale by one, queries are nearly zero, so
   attention is uniform, and a swap of two weights may go unseen.
   """
-  token = jnp.ones((1, 1), jnp.int32)
-  shapes = jax.eval_shape(model.init, jax.random.key(0), token, token)
+  shapes = jax.eval_shape(model.init_params, jax.random.key(0))
   numbers = np.random.default_rng(seed)
 
   def draw(path, leaf):
@@ -36,11 +35,11 @@ def _random_parameters(model, seed=0):
     if name == 'scale':
       values = numbers.uniform(0.5, 1.5, leaf.shape)
     else:
-      deviation = {'kernel': 0.3, 'embedding': 1.0}[name]
+      deviation = {'kernel': 0.3, 'bias': 0.3, 'embedding': 1.0}[name]
       values = numbers.normal(0, deviation, leaf.shape)
     return jnp.asarray(values, leaf.dtype)
 
-  return jax.tree_util.tree_map_with_path(draw, nn.unbox(shapes['params']))
+  return jax.tree_util.tree_map_with_path(draw, nn.unbox(shapes))
 
 
 @pytest.fixture(scope='session')

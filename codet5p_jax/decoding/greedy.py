@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from codet5p_jax.array_typing import Tokens, Tree
-from codet5p_jax.layers.embedding import OutputHead
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -55,7 +54,7 @@ def greedy_decode(
         jnp.maximum(tokens, 0),
         method='decode',
     )
-    token = jnp.argmax(_logits(hidden[rows, position - 1], head), axis=-1)
+    token = jnp.argmax(head.logits(hidden[rows, position - 1]), axis=-1)
     given = tokens[:, position]
     token = jnp.where(given >= 0, given, jnp.where(done, -1, token))
     # An end token within the prompt ends nothing.
@@ -67,11 +66,3 @@ def greedy_decode(
   done = jnp.zeros(prompt.shape[0], bool)
   tokens, _, _ = jax.lax.while_loop(unfinished, extend, (prompt, first, done))
   return tokens
-
-
-def _logits(
-    hidden: Array, head: OutputHead
-) -> Array:
-  logits = (hidden * head.scale).astype(jnp.float32) @ head.kernel.T
-  is_token = jnp.arange(logits.shape[-1]) < head.vocab_size
-  return jnp.where(is_token, logits, -jnp.inf)

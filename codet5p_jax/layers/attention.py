@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from codet5p_jax.array_typing import (
     AttentionBias,
@@ -12,21 +12,24 @@ from codet5p_jax.array_typing import (
     Queries,
 )
 from codet5p_jax.layers.dense import Dense
+from codet5p_jax.layers.positions import apply_rotary
 from codet5p_jax.sharding import constrain
 
 
 def attention_weights(
     query: Queries,
     key: Keys,
+    logits_scale: float,
     bias: Float[Array, '#batch #heads q_length kv_length'] | None = None,
     mask: Bool[Array, '#batch #heads #q_length kv_length'] | None = None,
 ) -> Float[Array, 'batch heads q_length kv_length']:
   """Softmax over keys, [batch, heads, q_length, kv_length] in float32.
 
-  Logits are not scaled: T5 folds 1/sqrt(kv) into its initial queries. A query
-  that may attend to nothing gets equal weights, as in the reference.
+  Logits are products of queries and keys times `logits_scale`: kv^-0.5 in
+  CodeGen; 1 in T5, which folds that into its initial queries. A query that may
+  attend to nothing gets equal weights, as in the reference.
   """
-  logits = jnp.einsum(
+  logits = logits_scale * jnp.einsum(
       'bqhd,bkhd->bhqk', query, key, preferred_element_type=jnp.float32
   )
   if bias is not None:
@@ -42,12 +45,23 @@ class Attention(nn.Module):
   Attributes:
     num_heads: number of heads.
     head_dim: width of a head.
+    logits_scale: see `attention_weights`.
+    rotary_dim: dimensions of a head that are rotated by position, 0 for none;
+      see `apply_rotary`.
+    query_stddev: of the initial projection of queries.
+    key_value_stddev: of those of keys and of values.
+    out_stddev: of that of the heads' results.
     dropout_rate: of the attention weights.
     dtype: of the computation; logits and softmax are always float32.
   """
 
   num_heads: int
   head_dim: int
+  logits_scale: float
+  rotary_dim: int
+  query_stddev: float
+  key_value_stddev: float
+  out_stddev: float
   dropout_rate: float
   dtype: str
 
@@ -59,6 +73,8 @@ class Attention(nn.Module):
       bias: AttentionBias | None,
       mask: AttentionMask | None,
       deterministic: bool,
+      query_positions: Int[Array, '#batch q_length'] | None = None,
+      key_positions: Int[Array, '#batch kv_length'] | None = None,
   ) -> Float[Array, 'batch q_length embed']:
     """Attends from `queries` to `keys_and_values` (the same for self).
 
@@ -68,34 +84,41 @@ class Attention(nn.Module):
       bias: added to the logits.
       mask: True where a query may attend.
       deterministic: no dropout.
+      query_positions: by which queries are rotated; needed if any are.
+      key_positions: likewise of keys.
 
     Returns:
       [batch, q_length, embed].
     """
 
-    def project(x, name, init_scale=1.0):
+    def project(x, name, init_stddev):
       return Dense(
           (self.num_heads, self.head_dim),
           ('embed', 'heads', 'kv'),
-          init_scale=init_scale,
+          init_stddev,
           dtype=self.dtype,
           name=name,
       )(x)
 
-    query = project(queries, 'query', init_scale=1 / self.head_dim)
-    key = project(keys_and_values, 'key')
-    value = project(keys_and_values, 'value')
+    query = project(queries, 'query', self.query_stddev)
+    key = project(keys_and_values, 'key', self.key_value_stddev)
+    value = project(keys_and_values, 'value', self.key_value_stddev)
     query = constrain(query, 'batch', 'act_length', 'act_heads', 'act_kv')
     key = constrain(key, 'batch', 'act_kv_length', 'act_heads', 'act_kv')
     value = constrain(value, 'batch', 'act_kv_length', 'act_heads', 'act_kv')
+    if self.rotary_dim:
+      query = apply_rotary(query, query_positions, self.rotary_dim)
+      key = apply_rotary(key, key_positions, self.rotary_dim)
 
-    weights = attention_weights(query, key, bias, mask).astype(self.dtype)
+    weights = attention_weights(query, key, self.logits_scale, bias, mask)
+    weights = weights.astype(self.dtype)
     weights = nn.Dropout(self.dropout_rate)(weights, deterministic)
     mixed = jnp.einsum('bhqk,bkhd->bqhd', weights, value)
     mixed = constrain(mixed, 'batch', 'act_length', 'act_heads', 'act_kv')
     return Dense(
         (queries.shape[-1],),
         ('heads', 'kv', 'embed'),
+        self.out_stddev,
         num_input_axes=2,
         dtype=self.dtype,
         name='out',

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from codet5p_jax.array_typing import AttentionMask
+from codet5p_jax.array_typing import AttentionMask, Tokens
 
 
 def padding_mask(
@@ -11,6 +11,22 @@ def padding_mask(
 ) -> AttentionMask:
   """Every query may attend to every key that is not padding."""
   return key_is_token[:, None, None, :]
+
+
+def is_before_padding(
+    tokens: Tokens, pad_id: int
+) -> Bool[Array, 'batch length']:
+  """True up to the last token that is not padding.
+
+  Where the padding token is also a token of texts, as <|endoftext|> is in
+  CodeGen's vocabulary, only those at the end of a row are padding.
+
+  >>> is_before_padding(jnp.array([[7, 0, 8, 0, 0]]), pad_id=0).tolist()
+  [[True, True, True, False, False]]
+  """
+  index = jnp.arange(tokens.shape[1])
+  last = jnp.max(jnp.where(tokens != pad_id, index, -1), axis=1)
+  return index <= last[:, None]
 
 
 def causal_mask(
@@ -28,6 +44,24 @@ def segment_mask(
   """A query attends to keys of its own segment; segment 0 is padding."""
   same = query_segment_ids[:, :, None] == key_segment_ids[:, None, :]
   return (same & (key_segment_ids[:, None, :] > 0))[:, None]
+
+
+def decoder_mask(
+    length: int, segment_ids: Int[Array, 'batch length'] | None
+) -> AttentionMask:
+  """A query attends to keys of its own segment at its index or before.
+
+  By index, not by position: packed examples start anew.
+
+  Args:
+    length: of the rows.
+    segment_ids: of packed examples, 0 for padding; None for one example a row.
+  """
+  index = jnp.arange(length)[None]
+  mask = causal_mask(index, index)
+  if segment_ids is None:
+    return mask
+  return combine_masks(mask, segment_mask(segment_ids, segment_ids))
 
 
 def combine_masks(*masks: AttentionMask | None) -> AttentionMask | None:

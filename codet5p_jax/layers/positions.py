@@ -1,12 +1,52 @@
-"""Relative position bias."""
+"""Positions: T5's relative bias, and CodeGen's rotation."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
-from codet5p_jax.array_typing import AttentionBias
+from codet5p_jax.array_typing import AttentionBias, Positions, Tokens
+
+
+def positions_or_index(
+    tokens: Tokens, positions: Positions | None
+) -> Int[Array, '#batch length']:
+  """The positions, or the index of each token where none are given."""
+  return jnp.arange(tokens.shape[1])[None] if positions is None else positions
+
+
+def apply_rotary(
+    x: Float[Array, 'batch length heads kv'],
+    positions: Int[Array, '#batch length'],
+    rotary_dim: int,
+) -> Float[Array, 'batch length heads kv']:
+  """Rotates queries or keys by their positions (RoFormer, Su et al. 2021).
+
+  Interleaved, as GPT-J and CodeGen do it: the pair of dimensions (2i, 2i + 1)
+  turns by the angle position * 10000^(-2i / rotary_dim). Dimensions from
+  `rotary_dim` on stay as they are. Computed in float32.
+
+  Args:
+    x: queries or keys; the result has their dtype.
+    positions: of each, so that their products depend on differences alone.
+    rotary_dim: even, and at most kv.
+  """
+  kv = x.shape[-1]
+  frequencies = np.float64(10000) ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
+  # Dimensions without a frequency turn by the angle 0.
+  frequencies = np.pad(np.repeat(frequencies, 2), (0, kv - rotary_dim))
+  angles = positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(
+      frequencies, jnp.float32
+  )
+  rows = x.astype(jnp.float32)
+  # Each one's partner in its pair, by shifts: a reshape to [..., 2] would fill
+  # whole registers of a TPU with two values.
+  is_first = np.arange(kv) % 2 == 0
+  partner = jnp.where(
+      is_first, -jnp.roll(rows, -1, axis=-1), jnp.roll(rows, 1, axis=-1)
+  )
+  return (rows * jnp.cos(angles) + partner * jnp.sin(angles)).astype(x.dtype)
 
 
 def relative_position_bucket(

@@ -1,7 +1,9 @@
 """How a network is computed, apart from what it is."""
 
 import dataclasses
+from typing import Any
 
+import flax.linen as nn
 import jax
 
 from codet5p_jax.errors import UserError
@@ -54,3 +56,52 @@ class Computation:
           f'expected 0 <= dropout_rate < 1, found {self.dropout_rate}; set '
           f'DROPOUT_RATE'
       )
+
+
+def apply_layers(
+    config: Any,
+    computation: Computation,
+    layer: type[nn.Module],
+    num_layers: int,
+    x: jax.Array,
+    inputs: tuple[Any, ...],
+) -> jax.Array:
+  """Applies the layers of a stack in turn; all take the same `inputs`.
+
+  Called within a compact module, whose parameters the layers become:
+  `layers` with a leading axis when scanned, else `layers_0`, `layers_1`, ...
+
+  Args:
+    config: of the layers.
+    computation: of the layers; says whether they are scanned, and what of them
+      the backward pass computes again.
+    layer: made of these two, and called with (x, *inputs); returns (x, None).
+    num_layers: depth of the stack.
+    x: [batch, length, embed].
+    inputs: the last of them is the flag `deterministic`.
+
+  Returns:
+    [batch, length, embed].
+  """
+  if computation.remat_policy != 'none':
+    layer = nn.remat(
+        layer,
+        policy=REMAT_POLICIES[computation.remat_policy],
+        # Within a scan nothing can be merged with the forward pass anyway.
+        prevent_cse=not computation.scan_layers,
+        static_argnums=(len(inputs) + 1,),
+    )
+  if computation.scan_layers:
+    scanned = nn.scan(
+        layer,
+        variable_axes={'params': 0},
+        split_rngs={'params': True, 'dropout': True},
+        in_axes=(nn.broadcast,) * len(inputs),
+        length=num_layers,
+        metadata_params={nn.PARTITION_NAME: 'layers'},
+    )
+    x, _ = scanned(config, computation, name='layers')(x, *inputs)
+    return x
+  for i in range(num_layers):
+    x, _ = layer(config, computation, name=f'layers_{i}')(x, *inputs)
+  return x

@@ -13,7 +13,7 @@ One set of weights serves three modes:
 """
 
 import dataclasses
-from typing import Any
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -24,18 +24,23 @@ from codet5p_jax.array_typing import (
     Activations,
     AttentionBias,
     AttentionMask,
+    PRNGKey,
     Positions,
     SegmentIds,
     Tokens,
+    Tree,
 )
 from codet5p_jax.errors import require_positive
 from codet5p_jax.layers import masks
 from codet5p_jax.layers.attention import Attention
-from codet5p_jax.layers.dense import MLP
+from codet5p_jax.layers.dense import MLP, fan_in_stddev
 from codet5p_jax.layers.embedding import Embed, OutputHead
 from codet5p_jax.layers.normalization import RMSNorm
-from codet5p_jax.layers.positions import RelativePositionBias
-from codet5p_jax.models.computation import REMAT_POLICIES, Computation
+from codet5p_jax.layers.positions import (
+    RelativePositionBias,
+    positions_or_index,
+)
+from codet5p_jax.models.computation import Computation, apply_layers
 from codet5p_jax.sharding import constrain
 
 
@@ -55,7 +60,12 @@ class T5Config:
     relative_attention_max_distance: distances from here on share a bucket.
     layer_norm_epsilon: added to the mean square.
     pad_id: the padding token; masked as a key in the encoder.
+    eos_id: ends sources and targets.
     decoder_start_id: the first decoder input.
+    vocabulary_kinds: kinds of `Vocabulary` that it can be used with.
+    prompt_to_decoder: whether the decoder gets the prompt too, before what it
+      is to write.
+    indent_with_tabs: whether prompts are indented with tabs.
   """
 
   vocab_size: int
@@ -69,7 +79,16 @@ class T5Config:
   relative_attention_max_distance: int = 128
   layer_norm_epsilon: float = 1e-6
   pad_id: int = 0
+  eos_id: int = 2
   decoder_start_id: int = 0
+
+  vocabulary_kinds: ClassVar[tuple[str, ...]] = (
+      'codet5',
+      'codet5_bimodal',
+      'sentencepiece',
+  )
+  prompt_to_decoder: ClassVar[bool] = False
+  indent_with_tabs: ClassVar[bool] = True
 
   def __post_init__(self):
     sizes = (
@@ -83,6 +102,10 @@ class T5Config:
 
   def make_model(self, computation: Computation = Computation()) -> 'T5':
     return T5(self, computation)
+
+  def head_counts(self) -> dict[str, int]:
+    """Attention heads of each stack; a mesh's model axis must divide them."""
+    return {'encoder': self.num_heads, 'decoder': self.num_heads}
 
 
 class EncoderLayer(nn.Module):
@@ -157,11 +180,18 @@ class _SubLayers:
     )
 
   def attention(self, name: str) -> Attention:
+    config = self.config
     return Attention(
-        self.config.num_heads,
-        self.config.head_dim,
-        self.computation.dropout_rate,
-        self.computation.dtype,
+        num_heads=config.num_heads,
+        head_dim=config.head_dim,
+        logits_scale=1.0,
+        rotary_dim=0,
+        # Smaller by the scale that the logits do without.
+        query_stddev=fan_in_stddev(config.emb_dim * config.head_dim),
+        key_value_stddev=fan_in_stddev(config.emb_dim),
+        out_stddev=fan_in_stddev(config.num_heads * config.head_dim),
+        dropout_rate=self.computation.dropout_rate,
+        dtype=self.computation.dtype,
         name=name,
     )
 
@@ -194,7 +224,7 @@ class Encoder(nn.Module):
     config, computation = self.config, self.computation
     bias = _position_bias(config, bidirectional=True)(positions, positions)
     x = nn.Dropout(computation.dropout_rate)(x, deterministic)
-    x = _apply_layers(
+    x = apply_layers(
         config,
         computation,
         EncoderLayer,
@@ -224,7 +254,7 @@ class Decoder(nn.Module):
     config, computation = self.config, self.computation
     bias = _position_bias(config, bidirectional=False)(positions, positions)
     x = nn.Dropout(computation.dropout_rate)(x, deterministic)
-    x = _apply_layers(
+    x = apply_layers(
         config,
         computation,
         DecoderLayer,
@@ -260,44 +290,6 @@ def _end_of_stack(
   return nn.Dropout(computation.dropout_rate)(x, deterministic)
 
 
-def _apply_layers(
-    config: T5Config,
-    computation: Computation,
-    layer: type[nn.Module],
-    num_layers: int,
-    x: jax.Array,
-    inputs: tuple[Any, ...],
-) -> jax.Array:
-  """Applies the layers in turn; all take the same `inputs` after `x`.
-
-  Called within a compact module, whose parameters the layers become:
-  `layers` with a leading axis when scanned, else `layers_0`, `layers_1`, ...
-  The last of the inputs is the flag `deterministic`.
-  """
-  if computation.remat_policy != 'none':
-    layer = nn.remat(
-        layer,
-        policy=REMAT_POLICIES[computation.remat_policy],
-        # Within a scan nothing can be merged with the forward pass anyway.
-        prevent_cse=not computation.scan_layers,
-        static_argnums=(len(inputs) + 1,),
-    )
-  if computation.scan_layers:
-    scanned = nn.scan(
-        layer,
-        variable_axes={'params': 0},
-        split_rngs={'params': True, 'dropout': True},
-        in_axes=(nn.broadcast,) * len(inputs),
-        length=num_layers,
-        metadata_params={nn.PARTITION_NAME: 'layers'},
-    )
-    x, _ = scanned(config, computation, name='layers')(x, *inputs)
-    return x
-  for i in range(num_layers):
-    x, _ = layer(config, computation, name=f'layers_{i}')(x, *inputs)
-  return x
-
-
 class T5(nn.Module):
   """Encoder and decoder over one table of embeddings."""
 
@@ -330,7 +322,7 @@ class T5(nn.Module):
         encoder_input_tokens, encoder_segment_ids, encoder_segment_ids
     )
     x = self._embed(encoder_input_tokens)
-    positions = _positions(encoder_input_tokens, encoder_positions)
+    positions = positions_or_index(encoder_input_tokens, encoder_positions)
     return self.encoder(x, positions, mask, deterministic)
 
   def decode(
@@ -348,14 +340,10 @@ class T5(nn.Module):
     Padding among the decoder's inputs is not masked: it stands at the end,
     where causality hides it, and the start token may be the padding token.
     """
-    positions = _positions(decoder_input_tokens, decoder_positions)
-    # Causality is by index, not by position: packed examples start anew.
-    index = jnp.arange(decoder_input_tokens.shape[1])[None]
-    mask = masks.causal_mask(index, index)
-    if decoder_segment_ids is not None:
-      mask = masks.combine_masks(
-          mask, masks.segment_mask(decoder_segment_ids, decoder_segment_ids)
-      )
+    positions = positions_or_index(decoder_input_tokens, decoder_positions)
+    mask = masks.decoder_mask(
+        decoder_input_tokens.shape[1], decoder_segment_ids
+    )
     cross_mask = self._key_mask(
         encoder_input_tokens, decoder_segment_ids, encoder_segment_ids
     )
@@ -394,10 +382,16 @@ class T5(nn.Module):
   def output_head(self) -> OutputHead:
     """The head: the embedding table, for states scaled by emb_dim^-0.5."""
     return OutputHead(
-        self.token_embedder.embedding,
-        self.config.emb_dim**-0.5,
-        self.config.vocab_size,
+        kernel=self.token_embedder.embedding,
+        scale=self.config.emb_dim**-0.5,
+        vocab_size=self.config.vocab_size,
+        kernel_scale=self.token_embedder.embedding_scale,
     )
+
+  def init_params(self, key: PRNGKey) -> Tree:
+    """Returns initial parameters, boxed with the names of their axes."""
+    token = jnp.ones((1, 1), jnp.int32)
+    return self.init(key, token, token)['params']
 
   def _embed(self, tokens: Tokens) -> Activations:
     x = self.token_embedder(tokens)
@@ -412,9 +406,3 @@ class T5(nn.Module):
     if query_segment_ids is None or key_segment_ids is None:
       return masks.padding_mask(key_tokens != self.config.pad_id)
     return masks.segment_mask(query_segment_ids, key_segment_ids)
-
-
-def _positions(
-    tokens: Tokens, positions: Positions | None
-) -> Int[Array, '#batch length']:
-  return jnp.arange(tokens.shape[1])[None] if positions is None else positions

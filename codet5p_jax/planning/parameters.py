@@ -6,7 +6,6 @@ from typing import Any
 import flax.linen as nn
 import flax.traverse_util
 import jax
-import jax.numpy as jnp
 
 from codet5p_jax.layers.embedding import padded_vocab_size
 
@@ -17,16 +16,9 @@ def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
   Rows that only pad the vocabulary to a whole multiple are not counted: they
   are no part of the model, and conversion drops them.
   """
-
-  def init():
-    token = jnp.ones((1, 1), jnp.int32)
-    return model.init(jax.random.key(0), token, token)
-
-  # All within: so no device is claimed or waited for.
-  variables = jax.eval_shape(init)
-  boxed = flax.traverse_util.flatten_dict(
-      variables['params'], sep='/', is_leaf=_is_boxed
-  )
+  # The key is made within: so no device is claimed or waited for.
+  params = jax.eval_shape(lambda: model.init_params(jax.random.key(0)))
+  boxed = flax.traverse_util.flatten_dict(params, sep='/', is_leaf=_is_boxed)
   return {
       path: _logical_shape(leaf, model.config.vocab_size)
       for path, leaf in boxed.items()

@@ -1,7 +1,7 @@
 """What a model is made of: parameters by part, trainable and frozen."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.traverse_util
@@ -15,22 +15,39 @@ from codet5p_jax.planning.parameters import (
 from codet5p_jax.training.partition import partition_params
 
 
-def info(model: Any, trainable: Sequence[str] = ('.*',)) -> int:
+def info(
+    model: Any,
+    trainable: Sequence[str] | None = None,
+    model_trainable: Sequence[str] = ('.*',),
+) -> int:
   """Prints a model's sizes and parameter counts; allocates nothing.
 
   Args:
     model: configuration of the network.
-    trainable: patterns of parameter paths that a run would train.
+    trainable: patterns of parameter paths that a run would train; None for
+      those of the model.
+    model_trainable: the patterns that go with the model.
 
   Returns:
     The number of parameters.
   """
   shapes = parameter_shapes(model.make_model())
-  for field in dataclasses.fields(model):
-    print(f'{field.name:34}{getattr(model, field.name)!s:>16}')
+  for name, value in _sizes(model):
+    print(f'{name:34}{value!s:>16}')
   print()
-  _print_parts(shapes, trainable)
+  _print_parts(shapes, model_trainable if trainable is None else trainable)
   return count(shapes)
+
+
+def _sizes(model: Any) -> Iterator[tuple[str, Any]]:
+  """Yields the fields of a configuration, those of its stacks by name."""
+  for field in dataclasses.fields(model):
+    value = getattr(model, field.name)
+    if dataclasses.is_dataclass(value):
+      for name, size in _sizes(value):
+        yield f'{field.name}.{name}', size
+    else:
+      yield field.name, value
 
 
 def _print_parts(

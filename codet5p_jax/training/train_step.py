@@ -223,8 +223,7 @@ def make_train_step(config: StepConfig, mesh: Mesh) -> TrainStep:
   objectives = {o.name: o for o in config.objectives}
 
   def init_params():
-    variables = model.init(jax.random.key(config.seed), *_init_inputs())
-    return variables['params']
+    return model.init_params(jax.random.key(config.seed))
 
   def init() -> TrainState:
     params, frozen = partition_params(
@@ -363,11 +362,6 @@ def microbatch_counts(config: StepConfig, step: int) -> dict[str, int]:
       for index, objective in enumerate(objectives)
       if index in drawn
   }
-
-
-def _init_inputs() -> tuple[jax.Array, jax.Array]:
-  token = jnp.ones((1, 1), jnp.int32)
-  return token, token
 
 
 def _accumulate(loss_sum, state, batches, objectives, config):

@@ -1,0 +1,333 @@
+"""The composite of CodeT5+ 2B, 6B and 16B: two CodeGen stacks and a bridge.
+
+A shallow encoder that sees in both directions, and a deep decoder of which the
+last layer alone looks at the encoder (paper, section 3.3; section 4 of the
+released system's specification). The structure is the freezing rule:
+
+  encoder/*                              trained
+  encoder_to_decoder/*                   trained
+  decoder/layers/*                       the trunk: plain CodeGen layers
+  decoder/last_layer/*                   one more of them, and beside it
+  decoder/last_layer/cross_attention/*   trained
+  decoder/{token_embedder,final_layer_norm,output_head}/*
+
+Nothing of the trunk depends on a trained weight. So it runs once, forward,
+saves nothing, and has no backward pass; it is never computed again.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from codet5p_jax.array_typing import (
+    Activations,
+    AttentionMask,
+    PRNGKey,
+    Positions,
+    SegmentIds,
+    Tokens,
+    Tree,
+)
+from codet5p_jax.errors import UserError
+from codet5p_jax.layers import masks
+from codet5p_jax.layers.dense import Dense
+from codet5p_jax.layers.embedding import OutputHead, UntiedOutputHead
+from codet5p_jax.layers.positions import positions_or_index
+from codet5p_jax.models.codegen import (
+    INIT_STDDEV,
+    CodeGenConfig,
+    Layer,
+    SubLayers,
+)
+from codet5p_jax.models.computation import Computation, apply_layers
+from codet5p_jax.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class ShallowEncoderDeepDecoderConfig:
+  """Sizes of the two stacks; special tokens are those given here.
+
+  Attributes:
+    encoder: sizes of the encoder.
+    decoder: sizes of the decoder; its last layer has cross-attention too.
+    pad_id: the padding token, which is also the end of a text.
+    eos_id: ends sources and targets.
+    decoder_start_id: the first decoder input.
+    vocabulary_kinds: kinds of `Vocabulary` that it can be used with.
+    prompt_to_decoder: whether the decoder gets the prompt too, before what it
+      is to write.
+    indent_with_tabs: whether prompts are indented with tabs.
+
+  Raises:
+    UserError: the stacks have other vocabularies, or the decoder no trunk.
+  """
+
+  encoder: CodeGenConfig
+  decoder: CodeGenConfig
+  pad_id: int = 50256
+  eos_id: int = 50256
+  decoder_start_id: int = 50256
+
+  vocabulary_kinds: ClassVar[tuple[str, ...]] = ('codegen', 'sentencepiece')
+  prompt_to_decoder: ClassVar[bool] = True
+  indent_with_tabs: ClassVar[bool] = True
+
+  def __post_init__(self):
+    if self.encoder.vocab_size != self.decoder.vocab_size:
+      raise UserError(
+          f'expected encoder and decoder to have one vocab_size, found '
+          f'{self.encoder.vocab_size} and {self.decoder.vocab_size}; give the '
+          f'same'
+      )
+    if self.decoder.num_layers < 2:
+      raise UserError(
+          f'expected a decoder of 2 layers or more, the last of which has '
+          f'cross-attention, found {self.decoder.num_layers}; give more '
+          f'num_layers'
+      )
+
+  @property
+  def vocab_size(self) -> int:
+    return self.decoder.vocab_size
+
+  def make_model(
+      self, computation: Computation = Computation()
+  ) -> 'ShallowEncoderDeepDecoder':
+    return ShallowEncoderDeepDecoder(self, computation)
+
+  def head_counts(self) -> dict[str, int]:
+    """Attention heads of each stack; a mesh's model axis must divide them."""
+    return {
+        'encoder': self.encoder.num_heads,
+        'decoder': self.decoder.num_heads,
+    }
+
+
+class Encoder(nn.Module):
+  """Embedding, layers and final norm, seeing in both directions."""
+
+  config: CodeGenConfig
+  computation: Computation
+
+  @nn.compact
+  def __call__(
+      self,
+      tokens: Tokens,
+      positions: Int[Array, '#batch length'],
+      mask: AttentionMask,
+      deterministic: bool,
+  ) -> Activations:
+    config, computation = self.config, self.computation
+    sub_layer = SubLayers(config, computation, deterministic)
+    x = sub_layer.embedder()(tokens)
+    x = constrain(x, 'batch', 'act_length', 'act_embed')
+    x = apply_layers(
+        config,
+        computation,
+        Layer,
+        config.num_layers,
+        sub_layer.dropout(x),
+        (positions, mask, deterministic),
+    )
+    return sub_layer.norm('final_layer_norm')(x)
+
+
+class LastLayer(nn.Module):
+  """Self-attention, feed-forward and cross-attention, all from one norm."""
+
+  config: CodeGenConfig
+  computation: Computation
+
+  @nn.compact
+  def __call__(
+      self,
+      x: Float[Array, 'batch q_length embed'],
+      encoded: Float[Array, 'batch kv_length embed'],
+      positions: Int[Array, '#batch q_length'],
+      encoder_positions: Int[Array, '#batch kv_length'],
+      mask: AttentionMask,
+      cross_mask: AttentionMask,
+      deterministic: bool,
+  ) -> Float[Array, 'batch q_length embed']:
+    sub_layer = SubLayers(self.config, self.computation, deterministic)
+    y = sub_layer.norm('layer_norm')(x)
+    attended = sub_layer.attention('self_attention')(
+        y, y, None, mask, deterministic, positions, positions
+    )
+    crossed = sub_layer.attention('cross_attention')(
+        y, encoded, None, cross_mask, deterministic, positions,
+        encoder_positions,
+    )  # fmt: skip
+    x = x + sub_layer.dropout(attended) + sub_layer.dropout(sub_layer.mlp()(y))
+    x = x + sub_layer.dropout(crossed)
+    return constrain(x, 'batch', 'act_length', 'act_embed')
+
+
+class Decoder(nn.Module):
+  """Embedding, trunk, last layer, final norm and output head."""
+
+  config: CodeGenConfig
+  computation: Computation
+
+  def setup(self):
+    self.output_head = UntiedOutputHead(
+        self.config.vocab_size, self.config.emb_dim, INIT_STDDEV
+    )
+
+  @nn.compact
+  def __call__(
+      self,
+      tokens: Int[Array, 'batch q_length'],
+      encoded: Float[Array, 'batch kv_length embed'],
+      positions: Int[Array, '#batch q_length'],
+      encoder_positions: Int[Array, '#batch kv_length'],
+      mask: AttentionMask,
+      cross_mask: AttentionMask,
+      deterministic: bool,
+  ) -> Float[Array, 'batch q_length embed']:
+    config, computation = self.config, self.computation
+    sub_layer = SubLayers(config, computation, deterministic)
+    x = sub_layer.embedder()(tokens)
+    x = constrain(x, 'batch', 'act_length', 'act_embed')
+    x = apply_layers(
+        config,
+        # Computed again in a backward pass, it would cost what it never does.
+        dataclasses.replace(computation, remat_policy='none'),
+        Layer,
+        config.num_layers - 1,
+        sub_layer.dropout(x),
+        (positions, mask, deterministic),
+    )
+    x = LastLayer(config, computation, name='last_layer')(
+        x, encoded, positions, encoder_positions, mask, cross_mask,
+        deterministic,
+    )  # fmt: skip
+    return sub_layer.norm('final_layer_norm')(x)
+
+
+class ShallowEncoderDeepDecoder(nn.Module):
+  """Encoder, bridge and decoder, each with embeddings of its own."""
+
+  config: ShallowEncoderDeepDecoderConfig
+  computation: Computation
+
+  def setup(self):
+    config, computation = self.config, self.computation
+    self.encoder = Encoder(config.encoder, computation)
+    self.encoder_to_decoder = Dense(
+        (config.decoder.emb_dim,),
+        ('embed', 'decoder_embed'),
+        INIT_STDDEV,
+        bias_axes=('decoder_embed',),
+        dtype=computation.dtype,
+    )
+    self.decoder = Decoder(config.decoder, computation)
+
+  def encode(
+      self,
+      encoder_input_tokens: Tokens,
+      encoder_segment_ids: SegmentIds | None = None,
+      encoder_positions: Positions | None = None,
+      deterministic: bool = True,
+  ) -> Activations:
+    """Returns the encoder's states, bridged to the decoder's width.
+
+    Padding is what stands at the end of a row: `pad_id` within it is a token.
+    In packed rows, `encoder_segment_ids` keep the packed examples apart (0 for
+    padding), and positions must start anew with each.
+    """
+    x = self.encoder(
+        encoder_input_tokens,
+        positions_or_index(encoder_input_tokens, encoder_positions),
+        self._key_mask(
+            encoder_input_tokens, encoder_segment_ids, encoder_segment_ids
+        ),
+        deterministic,
+    )
+    x = self.encoder_to_decoder(x)
+    return constrain(x, 'batch', 'act_length', 'act_embed')
+
+  def decode(
+      self,
+      encoded: Float[Array, 'batch kv_length embed'],
+      encoder_input_tokens: Int[Array, 'batch kv_length'],
+      decoder_input_tokens: Int[Array, 'batch q_length'],
+      encoder_segment_ids: Int[Array, 'batch kv_length'] | None = None,
+      decoder_segment_ids: Int[Array, 'batch q_length'] | None = None,
+      decoder_positions: Int[Array, 'batch q_length'] | None = None,
+      deterministic: bool = True,
+      encoder_positions: Int[Array, 'batch kv_length'] | None = None,
+  ) -> Float[Array, 'batch q_length embed']:
+    """Returns the decoder's last states [batch, q_length, embed].
+
+    Cross-attention is rotary too, each side by its own positions: in packed
+    rows both must start anew with each example. Padding among the decoder's
+    inputs is not masked: it stands at the end, where causality hides it.
+    """
+    return self.decoder(
+        decoder_input_tokens,
+        encoded,
+        positions_or_index(decoder_input_tokens, decoder_positions),
+        positions_or_index(encoder_input_tokens, encoder_positions),
+        masks.decoder_mask(decoder_input_tokens.shape[1], decoder_segment_ids),
+        self._key_mask(
+            encoder_input_tokens, decoder_segment_ids, encoder_segment_ids
+        ),
+        deterministic,
+    )
+
+  def __call__(
+      self,
+      encoder_input_tokens: Int[Array, 'batch kv_length'],
+      decoder_input_tokens: Int[Array, 'batch q_length'],
+      encoder_segment_ids: Int[Array, 'batch kv_length'] | None = None,
+      decoder_segment_ids: Int[Array, 'batch q_length'] | None = None,
+      encoder_positions: Int[Array, 'batch kv_length'] | None = None,
+      decoder_positions: Int[Array, 'batch q_length'] | None = None,
+      deterministic: bool = True,
+  ) -> Float[Array, 'batch q_length embed']:
+    """Encodes, then decodes; the decoder's last states."""
+    encoded = self.encode(
+        encoder_input_tokens,
+        encoder_segment_ids,
+        encoder_positions,
+        deterministic,
+    )
+    return self.decode(
+        encoded,
+        encoder_input_tokens,
+        decoder_input_tokens,
+        encoder_segment_ids,
+        decoder_segment_ids,
+        decoder_positions,
+        deterministic,
+        encoder_positions,
+    )
+
+  def output_head(self) -> OutputHead:
+    return self.decoder.output_head()
+
+  def init_params(self, key: PRNGKey) -> Tree:
+    """Returns initial parameters, boxed with the names of their axes."""
+    token = jnp.ones((1, 1), jnp.int32)
+
+    def use_every_part(model):
+      model(token, token)
+      model.output_head()
+
+    return self.init(key, method=use_every_part)['params']
+
+  def _key_mask(
+      self,
+      key_tokens: Int[Array, 'batch kv_length'],
+      query_segment_ids: Int[Array, 'batch q_length'] | None,
+      key_segment_ids: Int[Array, 'batch kv_length'] | None,
+  ) -> AttentionMask:
+    if query_segment_ids is None or key_segment_ids is None:
+      return masks.padding_mask(
+          masks.is_before_padding(key_tokens, self.config.pad_id)
+      )
+    return masks.segment_mask(query_segment_ids, key_segment_ids)
