@@ -38,8 +38,8 @@ DEFAULT_RULES: Rules = (
     ('buckets', None),
     ('norm', None),
     # The width of the decoder, where that of the encoder stands beside it.
-    ('decoder_embed', None),
-    ('projection', None),
+    ('decoder_embed', 'model'),
+    ('projection', 'model'),
     ('classes', None),
     # Activations.
     ('batch', BATCH_AXES),

@@ -26,6 +26,32 @@ PARAMETERS = {
     'models/t5_60m.gin': 60_492_288,
     'models/t5_220m.gin': 222_882_048,
     'models/t5_770m.gin': 737_639_424,
+    'models/bimodal_220m.gin': 223_082_754,
+    'models/embedding_110m.gin': 109_806_208,
+    'models/codegen_350m.gin': 356_712_448,
+    'models/codegen_2b.gin': 2_779_356_160,
+    'models/codegen_6b.gin': 7_064_213_504,
+    'models/codegen_16b.gin': 16_032_155_648,
+    'models/deep_tiny.gin': 2_278_272,
+    'models/deep_2b.gin': 3_112_427_008,
+    'models/deep_6b.gin': 7_439_753_216,
+    'models/deep_16b.gin': 16_493_680_640,
+    'models/instruct_16b.gin': 16_493_680_640,
+}
+# What presets share; they include these, which alone are no model.
+SHARED = {'models/t5.gin', 'models/codegen.gin', 'models/deep.gin'}
+# Of the parts of the composite models: encoder, bridge, cross-attention, and
+# the rest of the decoder, which is CodeGen-mono of the same size.
+PARTS = {
+    'models/deep_2b.gin': (
+        304_232_448, 2_624_000, 26_214_400, 2_779_356_160
+    ),
+    'models/deep_6b.gin': (
+        304_232_448, 4_198_400, 67_108_864, 7_064_213_504
+    ),
+    'models/deep_16b.gin': (
+        304_232_448, 6_297_600, 150_994_944, 16_032_155_648
+    ),
 }
 # What a run of training is made of, beside the model.
 RUNS = {
@@ -63,8 +89,7 @@ def example(name: str) -> list[str] | None:
 
 def test_every_model_file_is_among_those_tested_here():
   models = {name for name in gin_paths.shipped() if name.startswith('models/')}
-  # The presets include it; alone it is no model.
-  assert models - {'models/t5.gin'} == set(PARAMETERS)
+  assert models - SHARED == set(PARAMETERS)
 
 
 @pytest.mark.parametrize('name', gin_paths.shipped())
@@ -74,7 +99,10 @@ def test_every_file_is_understood_by_itself(name):
 
 
 @pytest.mark.parametrize('run', RUNS)
-@pytest.mark.parametrize('model', PARAMETERS)
+@pytest.mark.parametrize(
+    # The encoder alone has nothing to write with.
+    'model', [name for name in PARAMETERS if 'embedding' not in name]
+)
 def test_every_model_and_run_make_a_step(model, run):
   configuration.load([model, *RUNS[run]], run=precompile)
   config = configuration.macro('STEP_CONFIG')
@@ -102,6 +130,60 @@ def test_every_model_has_its_number_of_parameters(model):
   assert count(parameter_shapes(config.make_model())) == PARAMETERS[model]
 
 
+@pytest.mark.parametrize('model', PARTS)
+def test_the_parts_of_the_composites_have_their_number_of_parameters(model):
+  configuration.load([model])
+  shapes = parameter_shapes(configuration.macro('MODEL').make_model())
+
+  def count_below(path):
+    return count({k: x for k, x in shapes.items() if k.startswith(path)})
+
+  cross_attention = count_below('decoder/last_layer/cross_attention/')
+  assert PARTS[model] == (
+      count_below('encoder/'),
+      count_below('encoder_to_decoder/'),
+      cross_attention,
+      count_below('decoder/') - cross_attention,
+  )
+
+
+@pytest.mark.parametrize('model', PARAMETERS)
+def test_every_model_file_says_what_training_and_prompts_need(model):
+  configuration.load([model])
+  config = configuration.macro('MODEL')
+  prompted = configuration.macro('MODEL_PROMPT_TO_DECODER')
+  assert prompted == config.prompt_to_decoder
+  assert configuration.macro('MODEL_DROPOUT_RATE') == (
+      0.0 if prompted else 0.1
+  )
+  shapes = parameter_shapes(config.make_model())
+  patterns = configuration.macro('MODEL_TRAINABLE')
+  trained = {
+      name
+      for name in shapes
+      if any(re.fullmatch(pattern, name) for pattern in patterns)
+  }
+  if model in PARTS:
+    *parts, _ = PARTS[model]
+    assert count({name: shapes[name] for name in trained}) == sum(parts)
+  elif model.startswith('models/deep') or 'instruct' in model:
+    assert trained < set(shapes)
+  else:
+    assert trained == set(shapes)
+
+
+def test_the_presets_of_released_models_have_the_ids_of_their_vocabulary():
+  for model in PARAMETERS:
+    configuration.load([model])
+    config = configuration.macro('MODEL')
+    ids = config.pad_id, config.eos_id, config.decoder_start_id
+    if config.vocab_size == 51200:
+      assert ids == (50256, 50256, 50256)
+      assert config.vocabulary_kinds[0] == 'codegen'
+    else:
+      assert ids == (0, 2, 0)
+
+
 @pytest.mark.parametrize(
     ('model', 'run'),
     [('models/t5_220m.gin', 'pretrain'), ('models/t5_770m.gin', 'finetune')],
@@ -125,6 +207,30 @@ def test_info_counts_a_released_model_from_its_gin_file_alone(model, capsys):
   *_, total = capsys.readouterr().out.splitlines()
   number = f'{PARAMETERS[model]:,}'
   assert total.split() == ['total', number, number, '0']
+
+
+def test_info_tells_what_of_a_released_model_is_frozen(capsys):
+  assert main.main(['info', '--gin_file=models/deep_2b.gin']) == 0
+  sizes, parts = capsys.readouterr().out.split('\n\n')
+  printed = dict(line.split() for line in sizes.splitlines())
+  assert printed['encoder.emb_dim'] == '1024'
+  assert printed['decoder.num_layers'] == '32'
+  encoder, bridge, cross_attention, frozen = PARTS['models/deep_2b.gin']
+  rows = [line.replace(',', '').split() for line in parts.splitlines()[1:]]
+  trained = encoder + bridge + cross_attention
+  assert {name: tuple(map(int, numbers)) for name, *numbers in rows} == {
+      'encoder': (encoder, encoder, 0),
+      'encoder_to_decoder': (bridge, bridge, 0),
+      'decoder': (cross_attention + frozen, cross_attention, frozen),
+      'total': (trained + frozen, trained, frozen),
+  }
+
+
+def test_info_prefers_what_a_run_trains(capsys):
+  macro = "TRAINABLE=('encoder/.*',)"
+  assert main.main(['info', '--gin_file=models/deep_2b.gin', macro]) == 0
+  *_, total = capsys.readouterr().out.splitlines()
+  assert total.split()[2] == f'{PARTS["models/deep_2b.gin"][0]:,}'
 
 
 class Understood(Exception):

@@ -10,16 +10,31 @@ from jax.sharding import PartitionSpec
 from codet5p_jax import sharding
 from codet5p_jax.errors import UserError
 from codet5p_jax.losses import cross_entropy
+from codet5p_jax.models.bimodal import BimodalConfig
+from codet5p_jax.models.codegen import CodeGenConfig
 from codet5p_jax.models.computation import Computation
+from codet5p_jax.models.shallow_encoder_deep_decoder import (
+    ShallowEncoderDeepDecoderConfig,
+)
 from codet5p_jax.models.t5 import T5Config
 from codet5p_jax.sharding import DEFAULT_RULES
 
+CODEGEN_350M = CodeGenConfig(51200, 1024, 20, 16, 64, 32, 4096)
+CODEGEN_16B = CodeGenConfig(51200, 6144, 34, 24, 256, 64, 24576)
 MODELS = {
     '220m': (T5Config(32100, 768, 12, 64, 3072, 12, 12), Computation()),
     '770m': (T5Config(32100, 1024, 16, 64, 4096, 24, 24), Computation()),
     'unrolled': (
         T5Config(32100, 768, 12, 64, 3072, 12, 2),
         Computation(scan_layers=False),
+    ),
+    'bimodal': (
+        BimodalConfig(32103, 768, 12, 64, 3072, 12, 12), Computation()
+    ),
+    'codegen': (CODEGEN_350M, Computation()),
+    'deep_16b': (
+        ShallowEncoderDeepDecoderConfig(CODEGEN_350M, CODEGEN_16B),
+        Computation(),
     ),
 }
 
@@ -96,8 +111,7 @@ def test_activations_are_pinned_only_inside_the_context():
 
 
 def abstract_parameters(model):
-  token = jnp.ones((1, 1), jnp.int32)
-  return jax.eval_shape(model.init, jax.random.key(0), token, token)['params']
+  return jax.eval_shape(model.init_params, jax.random.key(0))
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -121,7 +135,8 @@ def test_rules_cut_every_parameter_over_a_mesh(name):
     cut = leaf_sharding.shard_shape(leaf.shape)
     assert cut == tuple(np.divide(leaf.shape, sizes))
     # Whatever is large lies on all devices, and on none of them twice.
-    assert np.prod(sizes) == mesh.size or np.prod(leaf.shape) < 100_000
+    layer = [s for s, axis in zip(leaf.shape, axes) if axis != 'layers']
+    assert np.prod(sizes) == mesh.size or np.prod(layer) < 100_000
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -132,7 +147,8 @@ def test_every_pinned_activation_has_rules(name, monkeypatch):
   model = config.make_model(computation)
   params = nn.unbox(abstract_parameters(model))
   mesh = sharding.make_mesh((2, 2, 2), eight_devices())
-  source, target = jnp.ones((4, 6), jnp.int32), jnp.ones((4, 5), jnp.int32)
+  # One token, so that a decoder alone takes it too.
+  source, target = jnp.ones((4, 1), jnp.int32), jnp.ones((4, 5), jnp.int32)
   seen = []
   constraint = jax.lax.with_sharding_constraint
   monkeypatch.setattr(

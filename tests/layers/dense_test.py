@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from codet5p_jax.layers.dense import MLP, Dense, matmul
+from codet5p_jax.layers.dense import MLP, Dense, fan_in_stddev, matmul
 
 NUMBERS = np.random.default_rng(0)
 
@@ -45,8 +45,8 @@ def test_kernel_gradients_skip_the_rounding_to_bfloat16():
 
 
 def test_a_dense_layer_contracts_the_last_axes():
-  split = Dense((3, 4), ('embed', 'heads', 'kv'))
-  merge = Dense((5,), ('heads', 'kv', 'embed'), num_input_axes=2)
+  split = Dense((3, 4), ('embed', 'heads', 'kv'), 1.0)
+  merge = Dense((5,), ('heads', 'kv', 'embed'), 1.0, num_input_axes=2)
   one, two = draw(5, 3, 4), draw(3, 4, 5)
   heads = split.apply({'params': {'kernel': one}}, X)
   np.testing.assert_allclose(
@@ -60,13 +60,91 @@ def test_a_dense_layer_contracts_the_last_axes():
   )
 
 
-def test_initial_kernels_have_the_variance_of_their_fan_in():
-  merge = Dense((50,), ('heads', 'kv', 'embed'), 2, init_scale=0.25)
-  kernel = merge.init(jax.random.key(0), draw(1, 1, 6, 15))['params']['kernel']
-  kernel = kernel.unbox()
+def test_initial_kernels_have_their_deviation_and_biases_are_zero():
+  merge = Dense(
+      (50,), ('heads', 'kv', 'embed'), 0.3, 2, bias_axes=('norm',)
+  )
+  params = merge.init(jax.random.key(0), draw(1, 1, 6, 15))['params']
+  kernel, bias = params['kernel'], params['bias']
+  assert (kernel.names, bias.names) == (('heads', 'kv', 'embed'), ('norm',))
+  kernel, bias = kernel.unbox(), bias.unbox()
   assert kernel.shape == (6, 15, 50) and kernel.dtype == jnp.float32
   # Of 4,500 values: five standard errors.
-  assert np.std(kernel) == pytest.approx((0.25 / 90) ** 0.5, rel=0.055)
+  assert np.std(kernel) == pytest.approx(0.3, rel=0.055)
+  assert bias.shape == (50,) and not np.any(bias)
+
+
+@pytest.mark.parametrize('fan_in', [7, 768, 768 * 64, 4096])
+def test_the_deviation_of_a_fan_in_is_that_of_variance_scaling(fan_in):
+  """To the last bit, so that a seed gives T5 the weights it always gave."""
+  options = jax.random.key(0), (fan_in, 3)
+  expected = jax.nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
+  found = jax.nn.initializers.normal(fan_in_stddev(fan_in))
+  np.testing.assert_array_equal(found(*options), expected(*options))
+
+
+def test_a_bias_is_added_to_each_output():
+  layer = Dense((3, 4), ('embed', 'heads', 'kv'), 1.0, bias_axes=('heads', 'kv'))
+  kernel, bias = draw(5, 3, 4), draw(3, 4)
+  np.testing.assert_allclose(
+      layer.apply({'params': {'kernel': kernel, 'bias': bias}}, X),
+      np.einsum('bld,dhk->blhk', X, kernel) + bias,
+      rtol=1e-5,
+      atol=1e-6,
+  )
+
+
+INTEGERS = jnp.asarray(NUMBERS.integers(-127, 128, (5, 3, 4)), jnp.int8)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_outputs_of_int8_kernels_are_scaled_one_by_one(dtype):
+  layer = Dense(
+      (3, 4),
+      ('embed', 'heads', 'kv'),
+      1.0,
+      bias_axes=('heads', 'kv'),
+      dtype=dtype,
+  )
+  scale, bias = jnp.abs(draw(3, 4)) / 50, draw(3, 4)
+  params = {'kernel': INTEGERS, 'kernel_scale': scale, 'bias': bias}
+  found = layer.apply({'params': params}, X)
+  assert found.dtype == dtype
+  expected = np.einsum('bld,dhk->blhk', X, INTEGERS * scale) + bias
+  tolerance = {'float32': 1e-5, 'bfloat16': 3e-2}[dtype]
+  np.testing.assert_allclose(
+      found.astype(jnp.float32), expected, rtol=tolerance, atol=tolerance
+  )
+
+
+def test_the_scale_of_an_output_is_not_rounded_to_bfloat16():
+  """Its error would not average out, as errors of weights do."""
+  layer = Dense((1,), ('embed', 'mlp'), 1.0, dtype='bfloat16')
+  kernel = jnp.ones((1, 1), jnp.int8)
+  scale = jnp.full((1,), 1.003)  # Between two bfloat16, 1 and 1.0078.
+  params = {'kernel': kernel, 'kernel_scale': scale}
+  found = layer.apply({'params': params}, jnp.array([[1.5]]))
+  assert found == (1.5 * scale).astype(jnp.bfloat16)
+  assert found != jnp.bfloat16(1.5) * scale.astype(jnp.bfloat16)
+
+
+def test_gradients_pass_through_int8_kernels_to_their_inputs():
+  layer = Dense((3, 4), ('embed', 'heads', 'kv'), 1.0)
+  scale, upstream = jnp.abs(draw(3, 4)), draw(2, 3, 3, 4)
+
+  @jax.jit
+  def gradient(x):
+    params = {'kernel': INTEGERS, 'kernel_scale': scale}
+    return jax.grad(
+        lambda x: jnp.sum(layer.apply({'params': params}, x) * upstream)
+    )(x)
+
+  np.testing.assert_allclose(
+      gradient(X),
+      np.einsum('blhk,dhk->bld', upstream, INTEGERS * scale),
+      rtol=1e-4,
+      atol=1e-4,
+  )
 
 
 def test_the_feed_forward_layer_is_relu_between_two_maps():

@@ -39,3 +39,31 @@ def test_combined_masks_are_their_conjunction_and_none_masks_nothing():
   )
   assert masks.combine_masks(None, causal) is causal
   assert masks.combine_masks() is masks.combine_masks(None, None) is None
+
+
+def test_only_the_padding_at_the_end_of_a_row_is_padding():
+  tokens = jnp.array([
+      [9, 9, 9, 9],
+      [9, 0, 9, 0],  # The first 0 is a token of the text.
+      [0, 0, 9, 9],
+      [9, 0, 0, 0],
+      [0, 0, 0, 0],
+  ])
+  expected = [
+      [1, 1, 1, 1],
+      [1, 1, 1, 0],
+      [1, 1, 1, 1],
+      [1, 0, 0, 0],
+      [0, 0, 0, 0],
+  ]
+  np.testing.assert_array_equal(masks.is_before_padding(tokens, 0), expected)
+
+
+def test_decoders_see_what_stands_before_in_their_own_segment():
+  causal = np.tril(np.ones((4, 4)))
+  np.testing.assert_array_equal(masks.decoder_mask(4, None), [[causal]])
+  mask = masks.decoder_mask(4, QUERY_SEGMENTS)
+  for row in range(2):
+    segments = np.asarray(QUERY_SEGMENTS[row])
+    same = (segments[:, None] == segments) & (segments > 0)
+    np.testing.assert_array_equal(mask[row, 0], causal * same)

@@ -5,6 +5,8 @@ import pytest
 
 from codet5p_jax.layers.positions import (
     RelativePositionBias,
+    apply_rotary,
+    positions_or_index,
     relative_position_bucket,
 )
 
@@ -71,3 +73,59 @@ def test_only_differences_of_positions_count():
       layer.apply({'params': {'embedding': table}}, index, index),
       layer.apply({'params': {'embedding': table}}, index + 999, index + 999),
   )
+
+
+HEADS, KV, ROTARY = 3, 10, 6
+
+
+def rows_of_heads(length, seed=0):
+  numbers = np.random.default_rng(seed)
+  return jnp.asarray(numbers.normal(size=(2, length, HEADS, KV)), jnp.float32)
+
+
+def test_rotary_turns_pairs_as_complex_numbers():
+  """Pair i is dimensions 2i and 2i + 1, and turns by position * frequency."""
+  x = rows_of_heads(5)
+  positions = np.array([[0, 1, 2, 50, 2047], [3, 3, 1, 0, 9]])
+  found = np.asarray(apply_rotary(x, jnp.asarray(positions), ROTARY))
+  x = np.asarray(x, np.float64)
+  frequencies = 10000.0 ** (-np.arange(0, ROTARY, 2) / ROTARY)
+  turns = np.exp(1j * positions[:, :, None, None] * frequencies)
+  pairs = (x[..., 0:ROTARY:2] + 1j * x[..., 1:ROTARY:2]) * turns
+  # Angles are float32: at 2,047 off by 1e-4 of their 2 pi at most.
+  np.testing.assert_allclose(found[..., 0:ROTARY:2], pairs.real, atol=3e-4)
+  np.testing.assert_allclose(found[..., 1:ROTARY:2], pairs.imag, atol=3e-4)
+  np.testing.assert_array_equal(found[..., ROTARY:], x[..., ROTARY:])
+
+
+def test_rotary_is_computed_in_float32_and_keeps_the_dtype():
+  positions = jnp.arange(300)[None]
+  x = rows_of_heads(300).astype(jnp.bfloat16)
+  found = apply_rotary(x, positions, ROTARY)
+  exact = apply_rotary(x.astype(jnp.float32), positions, ROTARY)
+  assert found.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize('rotary_dim', [ROTARY, KV])
+def test_products_of_rotated_rows_depend_on_differences_of_positions(
+    rotary_dim
+):
+  query, key = rows_of_heads(1, seed=1), rows_of_heads(1, seed=2)
+
+  def product(query_position, key_position):
+    return jnp.sum(
+        apply_rotary(query, jnp.array([[query_position]]), rotary_dim)
+        * apply_rotary(key, jnp.array([[key_position]]), rotary_dim),
+        axis=-1,
+    )
+
+  expected = product(7, 3)
+  np.testing.assert_allclose(product(104, 100), expected, atol=1e-4)
+  assert np.all(np.abs(product(3, 7) - expected) > 1e-3)
+
+
+def test_positions_that_are_not_given_are_the_index():
+  tokens, positions = jnp.ones((2, 3), jnp.int32), jnp.array([[0, 1, 0]] * 2)
+  assert positions_or_index(tokens, None).tolist() == [[0, 1, 2]]
+  assert positions_or_index(tokens, positions) is positions

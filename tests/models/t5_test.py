@@ -14,6 +14,13 @@ from codet5p_jax.errors import UserError
 from codet5p_jax.losses import cross_entropy
 from codet5p_jax.models.computation import Computation
 from codet5p_jax.models.t5 import T5Config
+from tests.models.properties import (
+    change_one_token_per_row,
+    changes,
+    count_products,
+    draw_tokens,
+    unroll,
+)
 
 # All sizes differ. Where a test says nothing else, dropout is switched off.
 CONFIG = T5Config(
@@ -43,26 +50,10 @@ def params(random_parameters):
   return random_parameters(CONFIG.make_model(COMPUTATION))
 
 
-def draw_tokens(*shape, seed=0):
-  return np.random.default_rng(seed).integers(1, 131, shape).astype(np.int32)
-
-
 def close(tolerance):
   return functools.partial(
       np.testing.assert_allclose, rtol=tolerance, atol=tolerance
   )
-
-
-def unroll(params):
-  """Cuts the stacked layers in one tree per layer."""
-  result = dict(params)
-  for stack in ('encoder', 'decoder'):
-    stacked = dict(params[stack])
-    layers = stacked.pop('layers')
-    for i in range(jax.tree.leaves(layers)[0].shape[0]):
-      stacked[f'layers_{i}'] = jax.tree.map(lambda x, i=i: x[i], layers)
-    result[stack] = stacked
-  return result
 
 
 def one_per_row(lengths, seed):
@@ -159,18 +150,6 @@ def test_the_embedding_of_the_padding_token_changes_nothing(params, examples):
     close(1e-6)(states[example, :length], examples.states[example, :length])
 
 
-def change_one_token_per_row(tokens):
-  """Repeats tokens [length]; row i has another token at position i."""
-  changed = np.tile(tokens, (len(tokens) + 1, 1))
-  np.fill_diagonal(changed, changed.diagonal() % 130 + 1)
-  return changed
-
-
-def changes(states):
-  """Returns [row, position]: does a state differ from the last row's?"""
-  return np.abs(states - states[-1]).max(axis=-1)[:-1] > 1e-6
-
-
 def test_the_decoder_sees_no_later_token_and_all_of_the_source(params):
   source, target = draw_tokens(6, seed=1), draw_tokens(6, seed=2)
   states = apply(
@@ -242,18 +221,6 @@ def test_what_is_computed_again_is_the_same_with_its_dropout(params, policy):
   jax.tree.map(close(1e-5), found, expected)
 
 
-def count_products(program):
-  """Counts matrix products of a jaxpr, the bodies of its loops once."""
-  count = 0
-  for equation in program.eqns:
-    count += equation.primitive.name == 'dot_general'
-    for value in jax.tree.leaves(list(equation.params.values())):
-      value = getattr(value, 'jaxpr', value)
-      if hasattr(value, 'eqns'):
-        count += count_products(value)
-  return count
-
-
 def test_policies_trade_memory_for_products(params):
   """`dots` computes attention again; `full` all of it."""
   none, dots, full = (
@@ -304,10 +271,9 @@ def test_initial_parameters_have_the_deviations_of_t5():
       CONFIG, emb_dim=48, num_heads=6, head_dim=8, mlp_dim=80,
       relative_attention_num_buckets=100,
   )
-  token = jnp.ones((1, 1), jnp.int32)
   params = nn.unbox(
-      jax.jit(config.make_model().init)(jax.random.key(0), token, token)
-  )['params']
+      jax.jit(config.make_model().init_params)(jax.random.key(0))
+  )
   expected = {
       'query/kernel': (48 * 8) ** -0.5,
       'key/kernel': 48**-0.5,

@@ -61,7 +61,17 @@ RELEASED = dataclasses.replace(
     decoder_start_id=0,
 )
 COMPUTATION = Computation(dtype='float32')
-ATTENTION = Attention(CONFIG.num_heads, CONFIG.head_dim, 0.0, 'float32')
+ATTENTION = Attention(
+    num_heads=CONFIG.num_heads,
+    head_dim=CONFIG.head_dim,
+    logits_scale=1.0,
+    rotary_dim=0,
+    query_stddev=1.0,
+    key_value_stddev=1.0,
+    out_stddev=1.0,
+    dropout_rate=0.0,
+    dtype='float32',
+)
 BATCH, SOURCE_LENGTH, TARGET_LENGTH = 4, 37, 41
 IGNORED = -100  # transformers' label of a position without loss.
 
@@ -277,9 +287,9 @@ def test_the_decoder_equals_that_of_transformers(small):
 
 
 def head_logits(model, params, hidden):
-  """Returns the logits of tokens, as `OutputHead` defines them."""
+  """Returns the logits of tokens, without those of padding."""
   head = model.apply({'params': params}, method='output_head')
-  return hidden * head.scale @ head.kernel[: head.vocab_size].T
+  return head.logits(hidden)[..., : head.vocab_size]
 
 
 def test_the_output_head_equals_that_of_transformers(small):

@@ -3,6 +3,7 @@ import dataclasses
 import jax
 import pytest
 
+from codet5p_jax.models.codegen import CodeGenConfig
 from codet5p_jax.models.computation import Computation
 from codet5p_jax.models.t5 import T5Config
 from codet5p_jax.planning import parameters
@@ -58,6 +59,13 @@ def test_paths_and_shapes_are_those_that_checkpoints_and_weights_rely_on():
       'decoder/final_layer_norm/scale': (12,),
   }
   assert expected.items() <= shapes.items()
+
+
+def test_rows_that_pad_a_head_of_its_own_are_not_counted():
+  config = CodeGenConfig(131, 12, 2, 5, 6, 4, 29)
+  shapes = parameters.parameter_shapes(config.make_model())
+  assert shapes['decoder/output_head/kernel'] == (131, 12)
+  assert shapes['decoder/output_head/bias'] == (131,)
 
 
 def test_nothing_is_allocated(monkeypatch):

@@ -50,6 +50,13 @@ def test_parts_add_up_and_tell_what_is_frozen(capsys):
   assert parts['decoder'][1] == 12 * 4 * 768 * 768
 
 
+def test_what_goes_with_the_model_holds_where_nothing_else_is_said(capsys):
+  info(SMALL, model_trainable=('encoder/.*',))
+  assert table(capsys.readouterr().out)['decoder'][1] == 0
+  info(SMALL, trainable=('decoder/.*',), model_trainable=('encoder/.*',))
+  assert table(capsys.readouterr().out)['decoder'][2] == 0
+
+
 def test_the_sizes_of_the_model_are_printed(capsys):
   info(SMALL)
   sizes, _, _ = capsys.readouterr().out.partition('\n\n')
