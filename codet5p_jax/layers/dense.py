@@ -102,7 +102,7 @@ class Dense(nn.Module):
     kernel_scale = self.get_variable('params', 'kernel_scale')
     if kernel_scale is not None:
       # In float32: a scale rounded to bfloat16 would shift its whole output.
-      y = (y * kernel_scale).astype(self.dtype)
+      y = (y.astype(jnp.float32) * kernel_scale).astype(self.dtype)
     if self.bias_axes is not None:
       bias = self.param(
           'bias',

@@ -150,7 +150,7 @@ def rotary():
   layer = make_attention(rotary_dim=2, logits_scale=KV**-0.5)
   queries, others = draw(BATCH, QUERIES, EMBED), draw(BATCH, KEYS, EMBED)
   params = jax.tree.map(
-      lambda leaf: draw(*leaf.shape),
+      lambda leaf: 0.3 * draw(*leaf.shape),
       nn.unbox(
           jax.eval_shape(
               lambda key: layer.init(

@@ -84,7 +84,8 @@ def test_the_deviation_of_a_fan_in_is_that_of_variance_scaling(fan_in):
 
 
 def test_a_bias_is_added_to_each_output():
-  layer = Dense((3, 4), ('embed', 'heads', 'kv'), 1.0, bias_axes=('heads', 'kv'))
+  axes = ('embed', 'heads', 'kv')
+  layer = Dense((3, 4), axes, 1.0, bias_axes=axes[1:])
   kernel, bias = draw(5, 3, 4), draw(3, 4)
   np.testing.assert_allclose(
       layer.apply({'params': {'kernel': kernel, 'bias': bias}}, X),

@@ -55,7 +55,9 @@ def test_rows_of_int8_tables_are_scaled_one_by_one():
   numbers = np.random.default_rng(1)
   table = numbers.integers(-127, 128, (256, 5)).astype(np.int8)
   scale = numbers.uniform(0.5, 1.5, 256).astype(np.float32)
-  params = {'embedding': table, 'embedding_scale': scale}
+  params = jax.tree.map(
+      jnp.asarray, {'embedding': table, 'embedding_scale': scale}
+  )
   tokens = jnp.array([[0, 129, 7], [7, 1, 1]])
   found = Embed(130, 5, 'float32').apply({'params': params}, tokens)
   np.testing.assert_array_equal(found, (table * scale[:, None])[tokens])

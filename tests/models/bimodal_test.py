@@ -59,17 +59,16 @@ def test_embeddings_are_float32_of_norm_one_under_bfloat16(params):
 
 def test_a_state_without_length_has_an_embedding_and_a_gradient(params):
   """All zeros stay zeros: nothing becomes NaN."""
-  zero = params | {'projection': jax.tree.map(jnp.zeros_like, params['projection'])}
+  zeros = jax.tree.map(jnp.zeros_like, params['projection'])
   model = BIMODAL.make_model(COMPUTATION)
+  tokens = jnp.asarray(draw_tokens(2, 4))
 
   @jax.jit
   @jax.value_and_grad
   def total(params):
-    return jnp.sum(
-        model.apply({'params': params}, draw_tokens(2, 4), method='embed')
-    )
+    return jnp.sum(model.apply({'params': params}, tokens, method='embed'))
 
-  found, gradient = total(zero)
+  found, gradient = total(params | {'projection': zeros})
   assert found == 0
   assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
 
@@ -90,8 +89,9 @@ def test_the_encoder_alone_embeds_as_the_whole_model(params, random_parameters):
 
 
 def match(params, text, code, **options):
-  encoded = apply({'params': params}, text, method='encode')
-  return apply({'params': params}, encoded, text, code, method='match', **options)
+  variables = {'params': params}
+  encoded = apply(variables, text, method='encode')
+  return apply(variables, encoded, text, code, method='match', **options)
 
 
 def test_pairs_are_matched_at_the_last_end_of_the_code(params):

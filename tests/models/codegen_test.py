@@ -14,7 +14,7 @@ from codet5p_jax.models.codegen import CodeGenConfig
 from codet5p_jax.models.computation import Computation
 from tests.models.properties import (
     change_one_token_per_row,
-    changes,
+    changed_states,
     count_products,
     cross_entropy,
     draw_tokens,
@@ -63,7 +63,8 @@ def assert_close(found, expected, tolerance=1e-5):
 
 def test_a_token_sees_itself_and_what_stands_before(params):
   states = run(params, change_one_token_per_row(draw_tokens(6)))
-  np.testing.assert_array_equal(changes(states), np.triu(np.ones((6, 6))))
+  seen = changed_states(states)
+  np.testing.assert_array_equal(seen, np.triu(np.ones((6, 6))))
 
 
 def test_the_order_of_earlier_tokens_matters(params):

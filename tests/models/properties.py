@@ -24,7 +24,7 @@ def change_one_token_per_row(tokens):
   return changed
 
 
-def changes(states):
+def changed_states(states):
   """Returns [row, position]: does a state differ from the last row's?"""
   return np.abs(states - states[-1]).max(axis=-1)[:-1] > 1e-6
 

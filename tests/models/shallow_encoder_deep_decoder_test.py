@@ -20,7 +20,7 @@ from codet5p_jax.models.shallow_encoder_deep_decoder import (
 from codet5p_jax.training.partition import merge_params, partition_params
 from tests.models.properties import (
     change_one_token_per_row,
-    changes,
+    changed_states,
     count_products,
     cross_entropy,
     draw_tokens,
@@ -42,7 +42,7 @@ CONFIG = ShallowEncoderDeepDecoderConfig(
     decoder=CodeGenConfig(
         vocab_size=131,
         emb_dim=34,
-        num_layers=6,
+        num_layers=4,
         num_heads=7,
         head_dim=10,
         rotary_dim=4,
@@ -83,7 +83,8 @@ def logits(params, source, target):
 
 def test_the_encoder_sees_in_both_directions(params):
   sources = change_one_token_per_row(draw_tokens(6))
-  assert np.all(changes(apply({'params': params}, sources, method='encode')))
+  states = apply({'params': params}, sources, method='encode')
+  assert np.all(changed_states(states))
 
 
 def test_the_decoder_sees_no_later_token_and_all_of_the_source(params):
@@ -92,12 +93,13 @@ def test_the_decoder_sees_no_later_token_and_all_of_the_source(params):
       {'params': params}, np.tile(source, (6, 1)),
       change_one_token_per_row(target),
   )  # fmt: skip
-  np.testing.assert_array_equal(changes(states), np.triu(np.ones((5, 5))))
+  seen = changed_states(states)
+  np.testing.assert_array_equal(seen, np.triu(np.ones((5, 5))))
   states = apply(
       {'params': params}, change_one_token_per_row(source),
       np.tile(target, (7, 1)),
   )  # fmt: skip
-  assert np.all(changes(states))
+  assert np.all(changed_states(states))
 
 
 def test_padding_at_the_end_of_a_source_changes_nothing(params):
@@ -190,7 +192,8 @@ def test_without_cross_attention_it_is_plain_codegen(params):
   states = jax.jit(codegen.apply)(variables, source[:, :1], target)
   expected = codegen.apply(variables, method='output_head').logits(states)
   assert_close(logits(silenced, source, target), expected)
-  assert np.abs(logits(params, source, target) - expected)[..., :131].max() > 0.1
+  difference = logits(params, source, target) - expected
+  assert np.abs(difference[..., :131]).max() > 0.1
 
 
 def mean_loss(config, computation, rngs=None):
@@ -222,11 +225,10 @@ def test_scanned_layers_equal_unrolled_ones(params):
   jax.tree.map(assert_close, found, (loss, unroll(gradients)))
 
 
-@pytest.mark.parametrize('policy', ['dots', 'full'])
-def test_what_is_computed_again_is_the_same_with_its_dropout(params, policy):
+def test_what_is_computed_again_is_the_same_with_its_dropout(params):
   parts = partition_params(params, TRAINABLE)
   expected = loss_function(dropout=True)(*parts)
-  found = loss_function(dropout=True, remat_policy=policy)(*parts)
+  found = loss_function(dropout=True, remat_policy='full')(*parts)
   jax.tree.map(assert_close, found, expected)
 
 
@@ -347,9 +349,8 @@ def loss_states_and_gradients(mesh_shape, num_devices):
       )
 
   kernel = params['decoder']['layers']['mlp']['wi']['kernel']
-  assert len({shard.index for shard in kernel.addressable_shards}) == (
-      mesh_shape[1] * mesh_shape[2]
-  )
+  shard = kernel.addressable_shards[0].data
+  assert kernel.size == shard.size * mesh_shape[1] * mesh_shape[2]
   return jax.tree.map(np.asarray, compute(params))
 
 
@@ -393,7 +394,7 @@ def test_paths_are_those_that_checkpoints_rely_on(params):
       | {'decoder/output_head/kernel', 'decoder/output_head/bias'}
   )
   trunk = params['decoder']['layers']['mlp']['wi']['kernel']
-  assert trunk.shape == (5, 34, 41)  # All layers but the last.
+  assert trunk.shape == (3, 34, 41)  # All layers but the last.
   assert params['encoder_to_decoder']['kernel'].shape == (22, 34)
 
 

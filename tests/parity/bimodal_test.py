@@ -102,7 +102,8 @@ def test_the_encoder_only_model_embeds_likewise(params, reference):
 def test_matches_and_their_scores_are_read_at_the_end_of_the_code(
     params, reference
 ):
-  texts, codes = draw_rows(TEXT_LENGTHS, seed=4), draw_rows(CODE_LENGTHS, seed=5)
+  texts = draw_rows(TEXT_LENGTHS, seed=4)
+  codes = draw_rows(CODE_LENGTHS, seed=5)
   pairs = codes.copy()
   pairs[:, 0] = MATCH_TOKEN  # Overwrites <s>; nothing is shifted.
   model = CONFIG.make_model(COMPUTATION)

@@ -289,7 +289,7 @@ def test_the_decoder_equals_that_of_transformers(small):
 def head_logits(model, params, hidden):
   """Returns the logits of tokens, without those of padding."""
   head = model.apply({'params': params}, method='output_head')
-  return head.logits(hidden)[..., : head.vocab_size]
+  return head.logits(jnp.asarray(hidden))[..., : head.vocab_size]
 
 
 def test_the_output_head_equals_that_of_transformers(small):
