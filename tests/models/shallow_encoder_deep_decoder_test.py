@@ -338,7 +338,8 @@ def loss_states_and_gradients(mesh_shape, num_devices):
   )
   params = jax.device_put(params, shardings)
   loss = mean_loss(DIVISIBLE, Computation(dtype='float32'))
-  source, target = draw_tokens(8, 7, seed=1), draw_tokens(8, 5, seed=2)
+  source = jnp.asarray(draw_tokens(8, 7, seed=1))
+  target = jnp.asarray(draw_tokens(8, 5, seed=2))
 
   @jax.jit
   def compute(params):
