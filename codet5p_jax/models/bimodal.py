@@ -3,8 +3,8 @@
 Equations are those of sections 3.1 and 3.2 of the released system's
 specification (paper, section 3.2): text and code are embedded by the encoder,
 and a pair is matched by the decoder, which reads the code and looks at the
-encoded text. CodeT5+ 220M bimodal does both; of CodeT5+ 110M embedding there is
-no decoder.
+encoded text. CodeT5+ 220M bimodal does both; CodeT5+ 110M embedding is encoder
+and projection alone.
 """
 
 import dataclasses

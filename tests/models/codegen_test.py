@@ -131,10 +131,9 @@ def test_scanned_layers_equal_unrolled_ones(params):
   jax.tree.map(assert_close, found, (loss, unroll(gradients)))
 
 
-@pytest.mark.parametrize('policy', ['dots', 'full'])
-def test_what_is_computed_again_is_the_same_with_its_dropout(params, policy):
+def test_what_is_computed_again_is_the_same_with_its_dropout(params):
   expected = loss_function(dropout=True)(params)
-  found = loss_function(dropout=True, remat_policy=policy)(params)
+  found = loss_function(dropout=True, remat_policy='full')(params)
   jax.tree.map(assert_close, found, expected)
 
 
