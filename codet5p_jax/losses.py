@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from codet5p_jax.array_typing import Activations, Scalar, Tokens, Weights
@@ -25,11 +26,13 @@ def cross_entropy(
   The product with the vocabulary runs over tiles of `tile_length` positions.
   When a gradient is asked for, each tile's logits are turned into gradients at
   once, so logits are never kept and never computed twice: memory is that of
-  one tile, work that of three matrix products.
+  one tile, work that of three matrix products. Where the head is frozen, its
+  gradient is not computed: two products, and no array of the kernel's size.
 
   Args:
     hidden: the decoder's last states.
-    head: see `OutputHead`; padded rows get no probability.
+    head: see `OutputHead`; padded rows get no probability. Its `kernel_scale`
+      has no gradient: an int8 kernel is never trained.
     targets: the token to predict at each position.
     weights: of each position's loss; 0 for padding.
     tile_length: positions of each row that are handled at a time.
@@ -56,6 +59,8 @@ def cross_entropy(
   return _tiled(
       tile(hidden),
       head.kernel,
+      lax.stop_gradient(head.kernel_scale),
+      head.bias,
       tile(targets),
       tile(weights),
       head.vocab_size,
@@ -63,7 +68,7 @@ def cross_entropy(
   )
 
 
-def _tile_logits(hidden, kernel, vocab_size, dtype):
+def _tile_logits(hidden, kernel, kernel_scale, bias, vocab_size, dtype):
   """Logits [batch * tile_length, vocab] of one tile, in float32."""
   rows = hidden.reshape(-1, hidden.shape[-1])
   logits = lax.dot_general(
@@ -73,6 +78,10 @@ def _tile_logits(hidden, kernel, vocab_size, dtype):
       preferred_element_type=jnp.float32,
   )
   logits = constrain(logits, 'batch', 'act_vocab')
+  if kernel_scale is not None:
+    logits = logits * kernel_scale
+  if bias is not None:
+    logits = logits + bias.astype(jnp.float32)
   if vocab_size < kernel.shape[0]:
     token = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     logits = jnp.where(
@@ -94,10 +103,12 @@ def _tile_loss(logits, targets, weights):
   return loss, jnp.sum(correct * weights), log_z
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _tiled(
     hidden: Float[Array, 'tiles batch tile_length embed'],
     kernel,
+    kernel_scale,
+    bias,
     targets,
     weights,
     vocab_size: int,
@@ -105,7 +116,7 @@ def _tiled(
 ):
   def body(carry, tile):
     h, t, w = tile
-    logits = _tile_logits(h, kernel, vocab_size, dtype)
+    logits = _tile_logits(h, kernel, kernel_scale, bias, vocab_size, dtype)
     loss, correct, _ = _tile_loss(logits, t, w)
     return (carry[0] + loss, carry[1] + correct), None
 
@@ -114,43 +125,70 @@ def _tiled(
   return sums
 
 
-def _tiled_forward(hidden, kernel, targets, weights, vocab_size, dtype):
+def _tiled_forward(
+    hidden, kernel, kernel_scale, bias, targets, weights, vocab_size, dtype
+):
+  # Each argument says whether a derivative with respect to it is asked for;
+  # absent ones are None.
+  wants_hidden, wants_kernel = hidden.perturbed, kernel.perturbed
+  wants_bias = bias is not None and bias.perturbed
+  hidden, kernel, kernel_scale, bias, targets, weights = (
+      None if x is None else x.value
+      for x in (hidden, kernel, kernel_scale, bias, targets, weights)
+  )
+
   def body(carry, tile):
-    loss_sum, correct_sum, d_kernel = carry
+    loss_sum, correct_sum, d_kernel, d_bias = carry
     h, t, w = tile
-    logits = _tile_logits(h, kernel, vocab_size, dtype)
+    logits = _tile_logits(h, kernel, kernel_scale, bias, vocab_size, dtype)
     loss, correct, log_z = _tile_loss(logits, t, w)
     token = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     is_target = (token == t.reshape(-1)[:, None]).astype(jnp.float32)
     d_logits = jnp.exp(logits - log_z[:, None]) - is_target
-    d_logits = (d_logits * w.reshape(-1)[:, None]).astype(dtype)
-    d_hidden = jnp.dot(d_logits, kernel.astype(dtype))
-    d_kernel += lax.dot_general(
-        d_logits,
-        h.reshape(-1, h.shape[-1]).astype(dtype),
-        (((0,), (0,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
-    d_hidden = d_hidden.reshape(h.shape).astype(h.dtype)
-    return (loss_sum + loss, correct_sum + correct, d_kernel), d_hidden
+    d_logits = d_logits * w.reshape(-1)[:, None]
+    if wants_bias:
+      d_bias += jnp.sum(d_logits, axis=0)
+    if kernel_scale is not None:
+      d_logits = d_logits * kernel_scale
+    d_logits = d_logits.astype(dtype)
+    d_hidden = None
+    if wants_hidden:
+      d_hidden = jnp.dot(d_logits, kernel.astype(dtype))
+      d_hidden = d_hidden.reshape(h.shape).astype(h.dtype)
+    if wants_kernel:
+      d_kernel += lax.dot_general(
+          d_logits,
+          h.reshape(-1, h.shape[-1]).astype(dtype),
+          (((0,), (0,)), ((), ())),
+          preferred_element_type=jnp.float32,
+      )
+    carry = (loss_sum + loss, correct_sum + correct, d_kernel, d_bias)
+    return carry, d_hidden
+
+  def zeros(wanted, like):
+    return jnp.zeros(like.shape, jnp.float32) if wanted else None
 
   zero = jnp.zeros((), jnp.float32)
-  d_kernel = jnp.zeros(kernel.shape, jnp.float32)
-  (loss, correct, d_kernel), d_hidden = lax.scan(
-      body, (zero, zero, d_kernel), (hidden, targets, weights)
+  carry = (zero, zero, zeros(wants_kernel, kernel), zeros(wants_bias, bias))
+  (loss, correct, d_kernel, d_bias), d_hidden = lax.scan(
+      body, carry, (hidden, targets, weights)
   )
-  return (loss, correct), (d_hidden, d_kernel.astype(kernel.dtype))
+  # The gradients are of the arguments' own dtypes.
+  if wants_kernel:
+    d_kernel = d_kernel.astype(kernel.dtype)
+  if wants_bias:
+    d_bias = d_bias.astype(bias.dtype)
+  return (loss, correct), (d_hidden, d_kernel, d_bias)
 
 
-def _tiled_backward(vocab_size, dtype, residuals, cotangents):
-  d_hidden, d_kernel = residuals
+def _tiled_backward(vocab_size, dtype, gradients, cotangents):
   d_loss, _ = cotangents  # The count of correct positions has no gradient.
-  return (
-      d_hidden * d_loss.astype(d_hidden.dtype),
-      d_kernel * d_loss.astype(d_kernel.dtype),
-      None,
-      None,
+  if isinstance(d_loss, SymbolicZero):
+    d_loss = jnp.zeros((), jnp.float32)
+  d_hidden, d_kernel, d_bias = (
+      None if x is None else x * d_loss.astype(x.dtype) for x in gradients
   )
+  return d_hidden, d_kernel, None, d_bias, None, None
 
 
-_tiled.defvjp(_tiled_forward, _tiled_backward)
+_tiled.defvjp(_tiled_forward, _tiled_backward, symbolic_zeros=True)

@@ -124,3 +124,87 @@ def test_no_logits_of_a_whole_batch_are_kept():
   assert f'f32[{2 * 8},{PADDED_VOCAB * 8}]' in program
   assert f'f32[{2 * length},{PADDED_VOCAB * 8}]' not in program
   assert f'f32[{length // 8},{2 * 8},{PADDED_VOCAB * 8}]' not in program
+
+
+BIAS = jnp.asarray(NUMBERS.normal(size=PADDED_VOCAB), jnp.float32)
+INT8_KERNEL = NUMBERS.integers(-127, 128, (PADDED_VOCAB, EMBED)).astype(np.int8)
+KERNEL_SCALE = NUMBERS.uniform(0.001, 0.03, PADDED_VOCAB).astype(np.float32)
+
+
+def twin(hidden, kernel, bias):
+  """Loss, and its derivatives by hidden states, kernel and bias, in NumPy."""
+  hidden, kernel, bias = (np.float64(x) for x in (hidden, kernel, bias))
+  kernel, bias = kernel[:VOCAB], bias[:VOCAB]
+  loss, d_hidden = 0.0, np.zeros(hidden.shape)
+  d_kernel = np.zeros((PADDED_VOCAB, EMBED))
+  d_bias = np.zeros(PADDED_VOCAB)
+  for b, i in np.ndindex(BATCH, LENGTH):
+    weight, target = float(WEIGHTS[b, i]), int(TARGETS[b, i])
+    if weight:
+      logits = SCALE * kernel @ hidden[b, i] + bias
+      p = np.exp(logits - logits.max())
+      p /= p.sum()
+      loss -= weight * np.log(p[target])
+      p[target] -= 1
+      d_hidden[b, i] = weight * SCALE * p @ kernel
+      d_kernel[:VOCAB] += weight * SCALE * np.outer(p, hidden[b, i])
+      d_bias[:VOCAB] += weight * p
+  return loss, (d_hidden, d_kernel, d_bias)
+
+
+def test_a_head_with_a_bias_equals_its_twin():
+  def loss(hidden, kernel, bias):
+    head = OutputHead(kernel, SCALE, VOCAB, bias=bias)
+    return cross_entropy(hidden, head, TARGETS, WEIGHTS, 3, 'float32')[0]
+
+  found = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(HIDDEN, KERNEL, BIAS)
+  jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
+      found,
+      twin(HIDDEN, KERNEL, BIAS),
+  )
+
+
+@pytest.mark.parametrize('wanted', [(0,), (1,), (2,), (0, 2), (1, 2)])
+def test_only_wanted_gradients_are_computed(wanted):
+  def loss(hidden, kernel, bias):
+    head = OutputHead(kernel, SCALE, VOCAB, bias=bias)
+    return cross_entropy(hidden, head, TARGETS, WEIGHTS, 3, 'float32')[0]
+
+  gradient = jax.grad(loss, wanted)
+  program = str(jax.make_jaxpr(gradient)(HIDDEN, KERNEL, BIAS))
+  products = 1 + (0 in wanted) + (1 in wanted)
+  assert program.count('dot_general') == products
+  _, expected = twin(HIDDEN, KERNEL, BIAS)
+  for number, found in zip(
+      wanted, jax.jit(gradient)(HIDDEN, KERNEL, BIAS), strict=True
+  ):
+    np.testing.assert_allclose(found, expected[number], rtol=1e-5, atol=1e-5)
+
+
+def test_an_int8_head_is_one_of_scaled_rows():
+  def loss(hidden, kernel, kernel_scale):
+    head = OutputHead(kernel, SCALE, VOCAB, kernel_scale, BIAS)
+    return cross_entropy(hidden, head, TARGETS, WEIGHTS, 3, 'float32')[0]
+
+  found, (d_hidden, d_scale) = jax.jit(jax.value_and_grad(loss, (0, 2)))(
+      HIDDEN, INT8_KERNEL, KERNEL_SCALE
+  )
+  kernel = INT8_KERNEL * np.float64(KERNEL_SCALE)[:, None]
+  expected, (expected_d_hidden, _, _) = twin(HIDDEN, kernel, BIAS)
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+  np.testing.assert_allclose(d_hidden, expected_d_hidden, rtol=1e-5, atol=1e-6)
+  # What belongs to an int8 kernel is never trained.
+  assert not np.any(d_scale)
+
+
+def test_a_frozen_head_makes_no_array_of_its_kernels_size():
+  def loss(hidden):
+    head = OutputHead(
+        jnp.zeros((PADDED_VOCAB * 8, EMBED), jnp.bfloat16), SCALE, VOCAB,
+        bias=jnp.zeros(PADDED_VOCAB * 8, jnp.bfloat16),
+    )  # fmt: skip
+    return cross_entropy(hidden, head, TARGETS, WEIGHTS, 3, 'bfloat16')[0]
+
+  program = str(jax.make_jaxpr(jax.grad(loss))(HIDDEN))
+  assert f'f32[{PADDED_VOCAB * 8},{EMBED}]' not in program
