@@ -41,6 +41,13 @@ DEFAULT_RULES: Rules = (
     ('decoder_embed', 'model'),
     ('projection', 'model'),
     ('classes', None),
+    # Scales of int8 parameters.
+    ('scale_embed', None),
+    ('scale_decoder_embed', None),
+    ('scale_heads', 'model'),
+    ('scale_kv', None),
+    ('scale_mlp', 'model'),
+    ('scale_vocab', 'model'),
     # Activations.
     ('batch', BATCH_AXES),
     ('act_length', None),
