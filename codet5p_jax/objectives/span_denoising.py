@@ -5,9 +5,10 @@ sentinel; the decoder tells each sentinel and what it hid.
 """
 
 import dataclasses
+import logging
 import pathlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from codet5p_jax.training import teacher_forcing
 if TYPE_CHECKING:
   from codet5p_jax.corpus.token_store import TokenRows
   from codet5p_jax.data.vocabularies import TaskTokens, Vocabulary
+
+_logger = logging.getLogger(__name__)
 
 
 def sample_spans(
@@ -162,6 +165,8 @@ class SpanDenoising(teacher_forcing.TeacherForced):
     batch_scale: rows of its batches, in multiples of the run's; paper: 2048
       rows where the other objectives have 512.
     loss_tile_length: positions of each row whose logits exist at a time.
+    untrained_sentinels: allows a model of CodeGen's vocabulary, whose released
+      checkpoints never trained the rows that serve as sentinels.
   """
 
   source_length: int = 512
@@ -172,6 +177,7 @@ class SpanDenoising(teacher_forcing.TeacherForced):
   first_step: int = 0
   batch_scale: int = 1
   loss_tile_length: int = 128
+  untrained_sentinels: bool = False
 
   name = 'span_denoising'
   reads_corpus = True
@@ -188,6 +194,26 @@ class SpanDenoising(teacher_forcing.TeacherForced):
           f'found {self.noise_density} and {self.max_words}; mend the '
           f'SpanDenoising of OBJECTIVES'
       )
+
+  def check_model(self, model: Any) -> None:
+    """Warns of sentinels that a frozen decoder neither knows nor can learn.
+
+    Raises:
+      UserError: they are not asked for by `untrained_sentinels`.
+    """
+    if 'codegen' not in model.vocabulary_kinds:
+      return
+    if not self.untrained_sentinels:
+      raise UserError(
+          "expected a model whose sentinels can be learned, found one of "
+          "CodeGen's vocabulary, where their rows are untrained and the "
+          'decoder is frozen; train with objectives/causal_lm.gin, or set '
+          '--gin.SpanDenoising.untrained_sentinels=True'
+      )
+    _logger.warning(
+        'Denoising with the vocabulary of CodeGen: the released decoders never '
+        'trained the rows of its sentinels.'
+    )
 
   def rows(
       self, data_dir: str, split: str, vocabulary: 'Vocabulary'

@@ -46,6 +46,7 @@ def padded_example(
     pad: int,
     source_length: int,
     target_length: int,
+    prompt_length: int = 0,
 ) -> dict[str, np.ndarray]:
   """Pads a source and a target to the lengths of a batch.
 
@@ -56,6 +57,15 @@ def padded_example(
   [1, 5, 2, 0]
   >>> example['decoder_loss_weights'].tolist()
   [1.0, 1.0, 1.0, 0.0]
+
+  Args:
+    source: token ids.
+    target: token ids.
+    pad: the padding token.
+    source_length: of the batch.
+    target_length: of the batch.
+    prompt_length: so many of the target's first tokens are given, not
+      predicted: they have no loss weight.
   """
 
   def padded(tokens, length):
@@ -67,7 +77,8 @@ def padded_example(
       'encoder_input_tokens': padded(source, source_length),
       'decoder_target_tokens': padded(target, target_length),
       'decoder_loss_weights': np.float32(
-          np.arange(target_length) < len(target)
+          (np.arange(target_length) >= prompt_length)
+          & (np.arange(target_length) < len(target))
       ),
   }
 
@@ -152,6 +163,9 @@ class TeacherForced:
 
   def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     return batch_spec(batch_size, self.source_length, self.target_length)
+
+  def check_model(self, model: Any) -> None:
+    del model  # Any will do.
 
   def init_state(self, model: Any, params: Tree) -> dict[str, Any]:
     return {}

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -14,6 +15,7 @@ from codet5p_jax.objectives.sequence_to_sequence import (
 )
 from codet5p_jax.training.batches import evaluation_examples
 from codet5p_jax.training.teacher_forcing import padded_example
+from tests.training import small
 
 FRAMED = TaskTokens(
     pad=0, bos=1, eos=2, unk=3, clm=3, match=4, tdec=5, cdec=6, sentinels=()
@@ -76,8 +78,13 @@ def pair_example(source, target, task_tokens, *lengths):
         ),
         pytest.param(
             UNFRAMED, [7, 8, 9, 10, 11], [9],
-            ([7, 8, 9, 10, 50], [9, 50, 50, 50], [1, 1, 0, 0]),
+            ([7, 8, 9, 10, 11], [9, 50, 50, 50], [1, 1, 0, 0]),
             id='without a beginning, and an end that looks like padding',
+        ),
+        pytest.param(
+            UNFRAMED, [7], [9, 10, 11, 12],
+            ([7, 50, 50, 50, 50], [9, 10, 11, 50], [1, 1, 1, 1]),
+            id='nothing is added around a source of CodeGen',
         ),
     ],
 )  # fmt: skip
@@ -104,7 +111,8 @@ def test_source_and_target_are_framed_as_a_loop_would(ids, length, task_tokens):
     row.append(task_tokens.pad)
     weights.append(0.0)
   example = pair_example(ids, ids, task_tokens, length, length)
-  assert example['encoder_input_tokens'].tolist() == row
+  if task_tokens.bos is not None:
+    assert example['encoder_input_tokens'].tolist() == row
   assert example['decoder_target_tokens'].tolist() == row
   assert example['decoder_loss_weights'].tolist() == weights
 
@@ -140,6 +148,88 @@ def test_examples_have_the_shapes_that_the_step_is_compiled_for(
   } == {name: (leaf.shape, leaf.dtype) for name, leaf in spec.items()}
   assert spec['encoder_input_tokens'].shape == (3, 16)
   assert spec['decoder_target_tokens'].shape == (3, 8)
+
+
+@pytest.mark.parametrize('task_tokens', [FRAMED, UNFRAMED])
+@pytest.mark.parametrize(
+    ('source', 'target', 'sequence', 'weights'),
+    [
+        pytest.param(
+            [7, 8], [9], [7, 8, 9, 'end', 'pad', 'pad'], [0, 0, 1, 1, 0, 0],
+            id='the prompt is given, and one end is learned',
+        ),
+        pytest.param(
+            [7, 8], [9, 10, 11], [7, 8, 9, 10, 11, 'end'], [0, 0, 1, 1, 1, 1],
+            id='what just fits is kept',
+        ),
+        pytest.param(
+            [7, 8], [9, 10, 11, 12], [7, 8, 9, 10, 11, 12], [0, 0, 1, 1, 1, 1],
+            id='a target that is cut has not ended',
+        ),
+        pytest.param(
+            [7, 8, 9, 10, 11], [12], [7, 8, 9, 10, 11, 12], [0] * 5 + [1],
+            id='the decoder sees a source that is too long for the encoder',
+        ),
+        pytest.param(
+            [7] * 9, [12], [7] * 6, [0] * 6,
+            id='a prompt without room for its target teaches nothing',
+        ),
+        pytest.param(
+            [], [9], [9, 'end', 'pad', 'pad', 'pad', 'pad'], [1, 1, 0, 0, 0, 0],
+            id='an empty prompt',
+        ),
+    ],
+)  # fmt: skip
+def test_the_decoder_continues_the_prompt(
+    task_tokens, source, target, sequence, weights
+):
+  class Texts:
+    def __init__(self, task_tokens):
+      self.task_tokens = task_tokens
+
+    def encode(self, text):
+      return [int(number) for number in text.split()]
+
+  objective = SequenceToSequence(4, 6, prompt_to_decoder=True)
+  row = {
+      'source': ' '.join(map(str, source)),
+      'target': ' '.join(map(str, target)),
+  }
+  numbers = np.random.default_rng(0)
+  example = objective.example(row, numbers, Texts(task_tokens))
+  ids = {'end': task_tokens.eos, 'pad': task_tokens.pad}
+  kept = source[:4]
+  assert example['encoder_input_tokens'].tolist() == (
+      kept + [task_tokens.pad] * (4 - len(kept))
+  )
+  assert example['decoder_target_tokens'].tolist() == [
+      ids.get(token, token) for token in sequence
+  ]
+  assert example['decoder_loss_weights'].tolist() == weights
+  pair = objective.source_and_target(row, numbers, Texts(task_tokens))
+  assert pair[0].tolist() == kept
+  assert pair[1].tolist() == [ids.get(x, x) for x in sequence if x != 'pad']
+
+
+def test_an_evaluation_gives_the_prompt_no_weight_either(write, vocabulary):
+  objective = SequenceToSequence(40, 40, prompt_to_decoder=True)
+  folder = write({'source': 'def f():', 'target': ' return 1'})
+  [example] = evaluation_examples(objective, folder, 'train', vocabulary)
+  predicted = example['decoder_target_tokens'][
+      example['decoder_loss_weights'] > 0
+  ]
+  assert vocabulary.decode(predicted.tolist()) == ' return 1'
+  assert predicted[-1] == vocabulary.task_tokens.eos
+
+
+def test_prompts_go_where_the_model_was_trained_to_have_them():
+  for model, ours in ((small.MODEL, True), (small.COMPOSITE, False)):
+    objective = SequenceToSequence(16, 8, prompt_to_decoder=ours)
+    with pytest.raises(UserError, match=f'set PROMPT_TO_DECODER={not ours}'):
+      objective.check_model(model)
+    dataclasses.replace(
+        objective, prompt_to_decoder=not ours
+    ).check_model(model)
 
 
 GOOD = {'source': 'a', 'target': 'b'}

@@ -14,6 +14,7 @@ from codet5p_jax.objectives.span_denoising import (
     sample_spans,
 )
 from tests.objectives import rebuilding
+from tests.training import small
 
 IDS = TaskTokens(
     pad=0, bos=1, eos=2, unk=3, clm=9, match=4, tdec=5, cdec=6,
@@ -191,3 +192,17 @@ def test_a_field_out_of_range_is_one_clear_line(fields, expected):
   with pytest.raises(UserError, match=expected) as error:
     SpanDenoising(**fields)
   assert '\n' not in str(error.value)
+
+
+def test_denoising_with_codegens_vocabulary_is_opted_into_with_a_warning(
+    caplog,
+):
+  SpanDenoising().check_model(small.MODEL)
+  assert not caplog.records
+  with pytest.raises(UserError, match='untrained_sentinels=True') as error:
+    SpanDenoising().check_model(small.COMPOSITE)
+  assert '\n' not in str(error.value)
+  SpanDenoising(untrained_sentinels=True).check_model(small.COMPOSITE)
+  [record] = caplog.records
+  assert record.levelname == 'WARNING'
+  assert 'never trained the rows of its sentinels' in record.getMessage()
