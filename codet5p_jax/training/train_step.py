@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from codet5p_jax.array_typing import PRNGKey, Scalar, Tree
 from codet5p_jax.errors import UserError, require_positive
+from codet5p_jax.layers import quantization
 from codet5p_jax.models.computation import Computation
 from codet5p_jax.sharding import (
     BATCH_AXES,
@@ -82,6 +83,9 @@ class Objective(Protocol):
   def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a batch, from configuration alone."""
 
+  def check_model(self, model: Any) -> None:
+    """Raises a UserError where a model's configuration does not suit it."""
+
   def init_state(self, model: nn.Module, params: Tree) -> Tree:
     """State that gradients do not train, such as a queue; often {}."""
 
@@ -103,7 +107,8 @@ class TrainState:
   Attributes:
     step: updates made so far.
     params: the trainable parameters, float32.
-    frozen_params: the others; no gradient, no optimizer slot.
+    frozen_params: the others; no gradient, no optimizer slot. Stored in the
+      configuration's `frozen_dtype`, see layers/quantization.py.
     opt_state: of the trainable parameters only.
     objective_state: {objective name: its state}.
   """
@@ -131,6 +136,7 @@ class StepConfig:
       own mean. Several: the mean is over the target tokens of all, so those
       with more of them weigh more.
     trainable: patterns of parameter paths, see `partition_params`.
+    frozen_dtype: of the other parameters: "float32", "bfloat16" or "int8".
     seed: of initial weights, data order and dropout.
     mesh_shape: (replica, data, model), one of them may be -1.
     rules: logical axis names to mesh axes.
@@ -142,6 +148,7 @@ class StepConfig:
   batch_size: int
   num_microbatches: int = 1
   trainable: Sequence[str] = ('.*',)
+  frozen_dtype: str = 'bfloat16'
   seed: int = 0
   computation: Computation = Computation()
   mesh_shape: Sequence[int] = (1, -1, 1)
@@ -172,6 +179,14 @@ class StepConfig:
           f'found {self.batch_size} and {self.num_microbatches}; mend '
           f'BATCH_SIZE or NUM_MICROBATCHES'
       )
+    if self.frozen_dtype not in quantization.FROZEN_DTYPES:
+      raise UserError(
+          f'expected a frozen_dtype among '
+          f'{", ".join(quantization.FROZEN_DTYPES)}, found '
+          f'{self.frozen_dtype!r}; set FROZEN_DTYPE'
+      )
+    for objective in self.objectives:
+      objective.check_model(self.model)
 
   @property
   def microbatch_size(self) -> int:
@@ -190,7 +205,9 @@ class TrainStep:
     config: what it was made from.
     mesh: the devices.
     model: the network.
-    init: () -> TrainState, initial weights placed on the mesh.
+    init: (given) -> TrainState on the mesh. `given`, {path: array}, are
+      parameters in the form of `abstract_state`: they go into the state as
+      they are and are consumed. Only the others are drawn.
     step: (TrainState, StepBatch) -> (TrainState, Metrics); the state passed in
       is consumed.
     evaluate: (params, frozen_params, the objective's state, {feature: [batch,
@@ -203,7 +220,7 @@ class TrainStep:
   config: StepConfig
   mesh: Mesh
   model: nn.Module
-  init: Callable[[], TrainState]
+  init: Callable[..., TrainState]
   step: Callable[[TrainState, StepBatch], tuple[TrainState, Metrics]]
   evaluate: Callable[[Tree, Tree, Tree, Batch, Objective], Metrics]
   abstract_state: TrainState
@@ -222,20 +239,21 @@ def make_train_step(config: StepConfig, mesh: Mesh) -> TrainStep:
   optimizer = config.optimizer.make()
   objectives = {o.name: o for o in config.objectives}
 
-  def init_params():
+  def draw() -> Tree:
     return model.init_params(jax.random.key(config.seed))
 
-  def init() -> TrainState:
-    params, frozen = partition_params(
-        nn.unbox(init_params()), config.trainable
-    )
+  names = _axis_names(draw)
+
+  def init(given: Mapping[str, jax.Array]) -> TrainState:
+    # Of what is given, nothing is drawn: JAX drops what no result needs.
+    params, frozen = partition_params(nn.unbox(draw()), config.trainable)
+    frozen = _store_frozen(frozen, names, config.frozen_dtype)
+    params, frozen = (_replace(tree, given) for tree in (params, frozen))
     everything = merge_params(params, frozen)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        frozen_params=jax.tree.map(
-            lambda x: x.astype(config.computation.dtype), frozen
-        ),
+        frozen_params=frozen,
         opt_state=optimizer.init(params),
         objective_state={
             name: objective.init_state(model, everything)
@@ -243,12 +261,19 @@ def make_train_step(config: StepConfig, mesh: Mesh) -> TrainStep:
         },
     )
 
-  state_shardings = _state_shardings(init, init_params, config, mesh)
+  shapes = jax.eval_shape(init, {})
+  state_shardings = _state_shardings(shapes, names, config, mesh)
   abstract_state = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      jax.eval_shape(init),
+      shapes,
       state_shardings,
   )
+  compiled_init = jax.jit(init, out_shardings=state_shardings, donate_argnums=0)
+
+  def checked_init(given: Mapping[str, jax.Array] = {}) -> TrainState:
+    _check_given(given, abstract_state)
+    return compiled_init(dict(given))
+
   batch_sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
   evaluation_sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
   replicated = NamedSharding(mesh, PartitionSpec())
@@ -291,7 +316,7 @@ def make_train_step(config: StepConfig, mesh: Mesh) -> TrainStep:
       config=config,
       mesh=mesh,
       model=model,
-      init=jax.jit(init, out_shardings=state_shardings),
+      init=checked_init,
       step=jax.jit(
           step,
           in_shardings=(state_shardings, batch_sharding),
@@ -429,19 +454,80 @@ def _scan_microbatches(one, objective_state, batch, count):
   return state, sums
 
 
-def _state_shardings(init, init_params, config, mesh) -> TrainState:
+def _axis_names(draw: Callable[[], Tree]) -> dict[str, tuple[str | None, ...]]:
+  """Logical axis names of every parameter, by path."""
+  specs = nn.get_partition_spec(jax.eval_shape(draw))
+  return {
+      path: tuple(spec)
+      for path, spec in flax.traverse_util.flatten_dict(specs, sep='/').items()
+  }
+
+
+def _store_frozen(
+    frozen: Tree, names: Mapping[str, tuple[str | None, ...]], dtype: str
+) -> Tree:
+  """The form in which frozen parameters are kept."""
+  stored: dict[str, jax.Array] = {}
+  for path, leaf in flax.traverse_util.flatten_dict(frozen, sep='/').items():
+    stored |= quantization.store(path, leaf, names[path], dtype)
+  return flax.traverse_util.unflatten_dict(stored, sep='/')
+
+
+def _replace(params: Tree, given: Mapping[str, jax.Array]) -> Tree:
+  flat = flax.traverse_util.flatten_dict(params, sep='/')
+  return flax.traverse_util.unflatten_dict(
+      {path: given.get(path, leaf) for path, leaf in flat.items()}, sep='/'
+  )
+
+
+def _check_given(
+    given: Mapping[str, jax.Array], abstract_state: TrainState
+) -> None:
+  """Parameters that are given must have the form that the state keeps."""
+  expected = flax.traverse_util.flatten_dict(
+      merge_params(abstract_state.params, abstract_state.frozen_params),
+      sep='/',
+  )
+  for path, array in given.items():
+    if path not in expected:
+      raise ValueError(f'{path} is no parameter of the state')
+    leaf = expected[path]
+    if (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
+      raise ValueError(
+          f'{path} is {array.dtype}{array.shape}, but the state keeps '
+          f'{leaf.dtype}{leaf.shape}'
+      )
+    scale = f'{path}_scale'
+    if scale in expected and scale not in given:
+      raise ValueError(f'{path} is given without {scale}')
+
+
+def _state_shardings(
+    state: TrainState,
+    names: Mapping[str, tuple[str | None, ...]],
+    config: StepConfig,
+    mesh: Mesh,
+) -> TrainState:
   """Shardings of the state: slots are placed as their parameters are."""
-  names = nn.get_partition_spec(jax.eval_shape(init_params))
-  names = jax.tree.map(
-      tuple, names, is_leaf=lambda x: isinstance(x, PartitionSpec)
-  )
-  shardings = tree_shardings(names, mesh, config.rules)
+
+  def shardings(params):
+    # Frozen kernels may have scales beside them, whose names follow.
+    stored = {}
+    for path, axes in names.items():
+      stored |= quantization.stored_names(path, axes, config.frozen_dtype)
+    flat = flax.traverse_util.flatten_dict(params, sep='/')
+    flat = {path: stored[path] for path in flat}
+    return flax.traverse_util.unflatten_dict(
+        tree_shardings(flat, mesh, config.rules), sep='/'
+    )
+
+  params, frozen = shardings(state.params), shardings(state.frozen_params)
   _check_parameters_divide(
-      nn.unbox(jax.eval_shape(init_params)), shardings, mesh
+      merge_params(state.params, state.frozen_params),
+      merge_params(params, frozen),
+      mesh,
   )
-  params, frozen = partition_params(shardings, config.trainable)
   replicated = NamedSharding(mesh, PartitionSpec())
-  state = jax.eval_shape(init)
   by_path = flax.traverse_util.flatten_dict(params, sep='/')
 
   def slot(path, leaf):
@@ -472,12 +558,12 @@ def _check_divisible(config: StepConfig, mesh: Mesh) -> None:
         f'MESH_SHAPE'
     )
   model_shards = mesh.shape['model']
-  if config.model.num_heads % model_shards:
-    raise UserError(
-        f"the mesh's model axis of {model_shards} does not divide the "
-        f"model's {config.model.num_heads} heads; set MESH_SHAPE so that it "
-        f'does'
-    )
+  for part, heads in config.model.head_counts().items():
+    if heads % model_shards:
+      raise UserError(
+          f"the mesh's model axis of {model_shards} does not divide the "
+          f"model's {heads} heads ({part}); set MESH_SHAPE so that it does"
+      )
 
 
 def _check_parameters_divide(shapes: Tree, shardings: Tree, mesh: Mesh) -> None:

@@ -3,7 +3,11 @@
 import jax
 import numpy as np
 
+from codet5p_jax.models.codegen import CodeGenConfig
 from codet5p_jax.models.computation import Computation
+from codet5p_jax.models.shallow_encoder_deep_decoder import (
+    ShallowEncoderDeepDecoderConfig,
+)
 from codet5p_jax.models.t5 import T5Config
 from codet5p_jax.objectives.causal_lm import CausalLM
 from codet5p_jax.objectives.sequence_to_sequence import SequenceToSequence
@@ -24,6 +28,42 @@ PAIRS = SequenceToSequence(
 )
 ROWS = CausalLM(target_length=14)
 
+COMPOSITE = ShallowEncoderDeepDecoderConfig(
+    encoder=CodeGenConfig(
+        vocab_size=131,
+        emb_dim=24,
+        num_layers=2,
+        num_heads=8,
+        head_dim=6,
+        rotary_dim=4,
+        mlp_dim=40,
+    ),
+    decoder=CodeGenConfig(
+        vocab_size=131,
+        emb_dim=32,
+        num_layers=4,
+        num_heads=16,
+        head_dim=10,
+        rotary_dim=8,
+        mlp_dim=56,
+    ),
+    pad_id=0,
+    eos_id=0,
+    decoder_start_id=0,
+)
+# What is trained of it by default.
+SHALLOW = (
+    'encoder/.*',
+    'encoder_to_decoder/.*',
+    'decoder/last_layer/cross_attention/.*',
+)
+PROMPTED = SequenceToSequence(
+    source_length=11,
+    target_length=9,
+    prompt_to_decoder=True,
+    loss_tile_length=4,
+)
+
 
 def step_config(optimizer, **changes) -> StepConfig:
   fields = {
@@ -36,6 +76,16 @@ def step_config(optimizer, **changes) -> StepConfig:
       **changes,
   }
   return StepConfig(**fields)
+
+
+def composite_config(optimizer, **changes) -> StepConfig:
+  fields = {
+      'model': COMPOSITE,
+      'objectives': (PROMPTED,),
+      'trainable': SHALLOW,
+      **changes,
+  }
+  return step_config(optimizer, **fields)
 
 
 def batch(config: StepConfig, seed: int, objective=PAIRS):

@@ -2,15 +2,21 @@ import dataclasses
 import functools
 import re
 
+import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from codet5p_jax.errors import UserError
+from codet5p_jax.layers import quantization
 from codet5p_jax.models.computation import Computation
+from codet5p_jax.planning.parameters import parameter_shapes
 from codet5p_jax.sharding import make_mesh
+from codet5p_jax.training.checkpoints.save import Checkpoints
 from codet5p_jax.training.optimizers import SGD, AdamW
+from codet5p_jax.training.partition import merge_params
 from codet5p_jax.training.train_step import (
     make_train_step,
     microbatch_counts,
@@ -25,9 +31,9 @@ ADAMW = AdamW(1e-3, warmup_steps=2, decay_steps=10, weight_decay=0.1)
 cached_train_step = functools.cache(make_train_step)
 
 
-def run(config, mesh, batches):
+def run(config, mesh, batches, given={}):
   train_step = cached_train_step(config, mesh)
-  state = train_step.init()
+  state = train_step.init(jax.tree.map(jnp.asarray, given))
   history = []
   for batch in batches:
     batch = {'sequence_to_sequence': batch}
@@ -35,6 +41,10 @@ def run(config, mesh, batches):
     state, metrics = train_step.step(state, batch)
     history.append(small.to_numpy(metrics))
   return small.to_numpy(state), history
+
+
+def paths_of(tree):
+  return set(flax.traverse_util.flatten_dict(tree, sep='/'))
 
 
 def one_device():
@@ -160,19 +170,159 @@ def test_frozen_parameters_do_not_change_and_cost_nothing():
   assert not any(slot.endswith(path) for slot in slots for path in frozen)
 
 
-def test_frozen_parameters_are_stored_in_the_dtype_of_the_computation():
-  config = small.step_config(
-      ADAMW,
-      trainable=('encoder/.*',),
-      computation=Computation(dtype='bfloat16'),
+@pytest.mark.parametrize('frozen_dtype', ['bfloat16', 'int8'])
+def test_the_composite_trains_its_shallow_part_alone(frozen_dtype):
+  config = small.composite_config(ADAMW, frozen_dtype=frozen_dtype)
+  mesh = one_device()
+  train_step = cached_train_step(config, mesh)
+  before = small.to_numpy(train_step.init().frozen_params)
+  batches = [small.batch(config, seed % 2) for seed in range(20)]
+  state, history = run(config, mesh, batches)
+  # Bit by bit.
+  jax.tree.map(np.testing.assert_array_equal, state.frozen_params, before)
+  name = 'sequence_to_sequence/loss'
+  losses = [metrics[name][0] / metrics[name][1] for metrics in history]
+  assert np.mean(losses[-2:]) < np.mean(losses[:2]) - 0.02
+  # Neither a gradient nor an optimizer slot for what is frozen.
+  trained = paths_of(state.params)
+  assert trained == {
+      path
+      for path in parameter_shapes(train_step.model)
+      if any(re.fullmatch(pattern, path) for pattern in small.SHALLOW)
+  }
+  slots = [
+      '/'.join(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
+      for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)
+  ]
+  assert {slot for slot in slots if slot} == trained
+
+
+@pytest.mark.parametrize(
+    ('mesh_shape', 'frozen_dtype'),
+    [((1, 8, 1), 'float32'), ((2, 2, 2), 'int8')],
+)
+def test_a_sharded_composite_equals_an_unsharded_one(
+    mesh_shape, frozen_dtype, random_parameters
+):
+  # A large rate, so that differences of parameters show small gradients.
+  config = small.composite_config(SGD(1000.0), frozen_dtype=frozen_dtype)
+  given = stored_params(config, random_parameters)
+  [batch] = [small.batch(config, 0)]
+  alone, alone_metrics = run(config, one_device(), [batch], given)
+  sharded, metrics = run(config, make_mesh(mesh_shape), [batch], given)
+
+  def gradient(state):
+    after = flax.traverse_util.flatten_dict(state.params, sep='/')
+    return {path: given[path] - leaf for path, leaf in after.items()}
+
+  assert_close(gradient(sharded), gradient(alone), 1e-5)
+  assert_close(metrics, alone_metrics, 1e-5)
+  jax.tree.map(
+      np.testing.assert_array_equal, sharded.frozen_params, alone.frozen_params
   )
-  state = make_train_step(config, one_device()).abstract_state
+
+
+def stored_params(config, random_parameters):
+  """Random parameters in the form that the state keeps, by path."""
+  model = config.model.make_model(config.computation)
+  boxed = jax.eval_shape(model.init_params, jax.random.key(0))
+  specs = flax.traverse_util.flatten_dict(
+      nn.get_partition_spec(boxed), sep='/'
+  )
+  state = cached_train_step(config, one_device()).abstract_state
+  trained = paths_of(state.params)
+  given = {}
+  drawn = flax.traverse_util.flatten_dict(random_parameters(model), sep='/')
+  for path, leaf in small.to_numpy(drawn).items():
+    dtype = 'float32' if path in trained else config.frozen_dtype
+    given |= quantization.store(path, leaf, tuple(specs[path]), dtype)
+  return given
+
+
+@pytest.mark.parametrize('frozen_dtype', ['float32', 'bfloat16', 'int8'])
+def test_frozen_parameters_are_stored_as_told(frozen_dtype):
+  config = small.composite_config(ADAMW, frozen_dtype=frozen_dtype)
+  state = make_train_step(config, make_mesh((1, 4, 2))).abstract_state
   assert {x.dtype for x in jax.tree.leaves(state.params)} == {
       jnp.dtype('float32')
   }
-  assert {x.dtype for x in jax.tree.leaves(state.frozen_params)} == {
-      jnp.dtype('bfloat16')
+  frozen = flax.traverse_util.flatten_dict(state.frozen_params, sep='/')
+  if frozen_dtype != 'int8':
+    assert {x.dtype for x in frozen.values()} == {jnp.dtype(frozen_dtype)}
+    return
+  kernels = {path for path, leaf in frozen.items() if leaf.dtype == jnp.int8}
+  assert kernels == {
+      path for path in frozen if path.endswith(('kernel', 'embedding'))
   }
+  scales = {
+      path for path, leaf in frozen.items() if leaf.dtype == jnp.float32
+  }
+  assert scales == {f'{path}_scale' for path in kernels}
+  others = frozen.keys() - kernels - scales
+  assert {frozen[path].dtype for path in others} == {jnp.dtype('bfloat16')}
+  # Layers, heads and width of a head; heads are spread as the kernel's are.
+  path = 'decoder/layers/self_attention/query/kernel_scale'
+  assert frozen[path].shape == (3, 16, 10)
+  assert tuple(frozen[path].sharding.spec) == (None, 'model', None)
+
+
+def test_what_is_given_is_kept_and_only_the_rest_is_drawn(random_parameters):
+  config = small.composite_config(ADAMW, frozen_dtype='int8')
+  train_step = cached_train_step(config, make_mesh((1, 4, 2)))
+  drawn = flat_params(train_step.init())
+  everything = stored_params(config, random_parameters)
+  chosen = [path for path in everything if path.startswith('decoder/layers/')]
+  chosen += ['encoder/layers/mlp/wi/kernel']
+  given = {path: jnp.asarray(everything[path]) for path in chosen}
+  state = flat_params(train_step.init(given))
+  assert state.keys() == drawn.keys() == everything.keys()
+  for path, leaf in state.items():
+    expected = everything if path in chosen else drawn
+    np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
+  # They are consumed where that saves memory.
+  abstract = flat_params(train_step.abstract_state)
+  placed = {
+      path: jax.device_put(leaf, abstract[path].sharding)
+      for path, leaf in everything.items()
+  }
+  train_step.init(placed)
+  assert all(leaf.is_deleted() for leaf in placed.values())
+
+
+def test_a_checkpoint_of_the_composite_holds_nothing_frozen(tmp_path):
+  config = small.composite_config(ADAMW, frozen_dtype='int8')
+  state = cached_train_step(config, make_mesh((1, 4, 2))).init()
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(0, state, {}, {'frozen_fingerprint': 'f' * 64})
+    checkpoints.wait_until_finished()
+    arrays = checkpoints.metadata(0)['arrays']
+  kept = re.compile(
+      '.*/(encoder|encoder_to_decoder|decoder/last_layer/cross_attention)/.*'
+      '|optimizer/.*count'
+  )
+  assert all(kept.fullmatch(path) for path in arrays)
+  assert any('cross_attention' in path for path in arrays)
+
+
+def flat_params(state):
+  merged = merge_params(state.params, state.frozen_params)
+  return flax.traverse_util.flatten_dict(merged, sep='/')
+
+
+def test_parameters_in_another_form_than_the_states_are_refused():
+  config = small.composite_config(ADAMW, frozen_dtype='int8')
+  train_step = cached_train_step(config, one_device())
+  table = 'decoder/token_embedder/embedding'
+  steps = jnp.zeros((256, 32), jnp.int8)
+  scale = jnp.zeros(256)
+  for given, message in (
+      ({'decoder/nothing': scale}, 'decoder/nothing is no parameter'),
+      ({table: steps.astype(float)}, r'float32\(256, 32\), but .* int8'),
+      ({table: steps[:131], f'{table}_scale': scale}, r'int8\(131, 32\), but'),
+      ({table: steps}, f'{table} is given without {table}_scale'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      train_step.init(given)
 
 
 def test_dropout_depends_on_seed_and_step_alone():
@@ -266,6 +416,12 @@ def test_batch_spec_is_what_the_step_takes():
   }
 
 
+SIX_HEADS = dataclasses.replace(
+    small.COMPOSITE,
+    decoder=dataclasses.replace(small.COMPOSITE.decoder, num_heads=6),
+)
+
+
 @pytest.mark.parametrize(
     ('changes', 'mesh_shape', 'message'),
     [
@@ -278,6 +434,11 @@ def test_batch_spec_is_what_the_step_takes():
             {'model': dataclasses.replace(small.MODEL, num_heads=6)},
             (1, 2, 4),
             "model axis of 4 does not divide the model's 6 heads",
+        ),
+        (
+            {'model': SIX_HEADS, 'objectives': (small.PROMPTED,)},
+            (1, 2, 4),
+            "axis of 4 does not divide the model's 6 heads .decoder.",
         ),
     ],
 )
@@ -295,6 +456,15 @@ def test_settings_that_contradict_each_other_are_refused():
     small.step_config(ADAMW, num_microbatches=3)
   with pytest.raises(UserError, match='names of their own'):
     small.step_config(ADAMW, objectives=(small.PAIRS, small.PAIRS))
+  with pytest.raises(UserError, match="found 'int4'; set FROZEN_DTYPE"):
+    small.step_config(ADAMW, frozen_dtype='int4')
+  for model, objective, found in (
+      (small.MODEL, small.PROMPTED, True),
+      (small.COMPOSITE, small.PAIRS, False),
+  ):
+    message = f'found {found} .*; set PROMPT_TO_DECODER={not found}'
+    with pytest.raises(UserError, match=message):
+      small.step_config(ADAMW, model=model, objectives=(objective,))
   with pytest.raises(UserError, match=re.escape("'decodr/.*' matches no")):
     make_train_step(
         small.step_config(ADAMW, trainable=('decodr/.*',)), one_device()
