@@ -2,15 +2,23 @@
 
 import json
 import pathlib
+import tempfile
 import time
 from typing import Any
 
+import flax.traverse_util
+import jax
+
 from codet5p_jax.errors import UserError
+from codet5p_jax.planning.flops import training_flops
+from codet5p_jax.planning.hlo import matmul_flops
 from codet5p_jax.planning.topology import topology_devices
 from codet5p_jax.sharding import make_mesh
 from codet5p_jax.training.files import write_text
 from codet5p_jax.training.train_step import (
+    Objective,
     StepConfig,
+    TrainStep,
     make_train_step,
     step_batch_spec,
 )
@@ -19,9 +27,12 @@ REPORT_VERSION = 1
 
 
 def precompile(
-    step_config: StepConfig, topology: str, report: str | None = None
+    step_config: StepConfig,
+    topology: str,
+    report: str | None = None,
+    max_peak_hbm_gb: float | None = None,
 ) -> dict[str, Any]:
-  """Compiles the step and prints the memory the compiler plans for it.
+  """Compiles the step and prints the memory and work the compiler plans.
 
   The step is the one that `train` runs, made by the same function from the
   same configuration. Each objective is compiled as if a step held its
@@ -31,14 +42,18 @@ def precompile(
     step_config: of the run.
     topology: JAX's name of a TPU topology, such as "v5e:4x4".
     report: a JSON file to write.
+    max_peak_hbm_gb: the peak memory of a chip that is accepted, in 1e9 bytes.
 
   Returns:
     The report: for every objective and for the largest of them, bytes of peak
-    memory per device and per chip.
+    memory per device and per chip; for every objective also FLOPs of matrix
+    products per device: those of the compiled step, the least that such a step
+    can do, and those that the remat policy adds on purpose.
 
   Raises:
     UserError: the topology is unknown, the mesh does not fit it, the step does
-      not fit its memory, or the report cannot be written.
+      not fit its memory or takes more than is accepted, or the report cannot
+      be written.
   """
   devices, chips = topology_devices(topology)
   mesh = make_mesh(step_config.mesh_shape, devices)
@@ -48,10 +63,11 @@ def precompile(
     counts = {objective.name: step_config.num_microbatches}
     batch = step_batch_spec(step_config, train_step, counts)
     begin = time.monotonic()
-    compiled = _compile(train_step, batch, topology)
+    compiled, hlo_text = _compile(train_step, batch, topology)
     seconds = time.monotonic() - begin
     steps[objective.name] = {
         **_memory(compiled, len(devices) // chips),
+        **_flops(hlo_text, train_step, objective),
         'compile_seconds': round(seconds, 1),
     }
   result = {
@@ -79,14 +95,40 @@ def precompile(
         f'{step["temporary_bytes_per_device"] / 1e9:.2f} GB temporaries a '
         f'device), compiled in {step["compile_seconds"]:.0f} s'
     )
+    print(
+        f'{name}: {step["matmul_flops_per_device"] / 1e12:.4g} TFLOPs of '
+        f'matrix products a device, {step["matmul_flops_ratio"]:.3f} of '
+        f'{step["least_flops_per_device"] / 1e12:.4g}, the least possible, and '
+        f'{step["recomputed_flops_per_device"] / 1e12:.4g} that remat policy '
+        f'{step_config.computation.remat_policy} computes again'
+    )
   if report is not None:
     _write_report(pathlib.Path(report), result)
+  peak = result['peak_hbm_bytes_per_chip'] / 1e9
+  if max_peak_hbm_gb is not None and peak > max_peak_hbm_gb:
+    raise UserError(
+        f'expected a peak HBM of at most {max_peak_hbm_gb} GB a chip, found '
+        f'{peak:.2f} GB; find out what takes more memory than before, or raise '
+        f'MAX_PEAK_HBM_GB'
+    )
   return result
 
 
-def _compile(train_step, batch, topology):
+def _compile(train_step, batch, topology) -> tuple[jax.stages.Compiled, str]:
+  """Returns the compiled step, and its optimised HLO.
+
+  The compiler writes the HLO itself: the text that JAX gives, by way of a
+  serialised form, fails on asynchronous operations (RET_CHECK on async-update
+  for a v6e, libtpu 0.0.52).
+  """
   try:
-    return train_step.step.lower(train_step.abstract_state, batch).compile()
+    lowered = train_step.step.lower(train_step.abstract_state, batch)
+    with tempfile.TemporaryDirectory() as folder:
+      compiled = lowered.compile(
+          {'xla_dump_to': folder, 'xla_dump_hlo_as_text': True}
+      )
+      [path] = pathlib.Path(folder).glob('*.after_optimizations.txt')
+      return compiled, path.read_text()
   except Exception as error:
     message = str(error)
     if 'RESOURCE_EXHAUSTED' not in message:
@@ -118,6 +160,32 @@ def _memory(compiled, devices_per_chip: int) -> dict[str, int]:
       'aliased_bytes_per_device': int(analysis.alias_size_in_bytes),
       'temporary_bytes_per_device': int(analysis.temp_size_in_bytes),
       'program_bytes_per_device': int(analysis.generated_code_size_in_bytes),
+  }
+
+
+def _flops(
+    hlo_text: str, train_step: TrainStep, objective: Objective
+) -> dict[str, Any]:
+  config = train_step.config
+  planned = training_flops(
+      config.model,
+      objective.batch_spec(config.microbatch_rows(objective)),
+      flax.traverse_util.flatten_dict(
+          train_step.abstract_state.params, sep='/'
+      ).keys(),
+      config.computation,
+  )
+  devices = train_step.mesh.size
+  compiled_flops = matmul_flops(hlo_text)
+  least, recomputed = (
+      config.num_microbatches * flops // devices
+      for flops in (planned.least, planned.recomputed)
+  )
+  return {
+      'matmul_flops_per_device': compiled_flops,
+      'least_flops_per_device': least,
+      'recomputed_flops_per_device': recomputed,
+      'matmul_flops_ratio': round(compiled_flops / (least + recomputed), 4),
   }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 
 from codet5p_jax.corpus.provision import corpus_of
 from codet5p_jax.data.vocabularies import Vocabulary, load_vocabulary
@@ -131,8 +132,11 @@ def train(
         train_steps,
         {
             o.name: training_flops(
-                step_config.model, o.batch_spec(step_config.microbatch_rows(o))
-            )
+                step_config.model,
+                o.batch_spec(step_config.microbatch_rows(o)),
+                flatten_dict(train_step.abstract_state.params, sep='/').keys(),
+                step_config.computation,
+            ).least
             for o in objectives
         },
         peak_flops_per_second(mesh.devices.flatten().tolist()),
@@ -249,11 +253,26 @@ def _first_state(
 
 
 def _check_vocabulary(vocabulary: Vocabulary, config: StepConfig) -> None:
-  if vocabulary.vocab_size != config.model.vocab_size:
+  """Checks that a vocabulary's tokens are those that the model speaks."""
+  model = config.model
+  if vocabulary.vocab_size != model.vocab_size:
     raise UserError(
-        f'expected a vocabulary of {config.model.vocab_size} tokens, as the '
-        f'model has, found one of {vocabulary.vocab_size}; choose the model or '
-        f'the vocabulary accordingly'
+        f'expected a vocabulary of {model.vocab_size} tokens, as the model '
+        f'has, found one of {vocabulary.vocab_size}; choose the model or the '
+        f'vocabulary accordingly'
+    )
+  if vocabulary.kind not in model.vocabulary_kinds:
+    raise UserError(
+        f'expected a vocabulary of kind {" or ".join(model.vocabulary_kinds)}, '
+        f'as the model was made for, found {vocabulary.kind}; choose the model '
+        f'or the vocabulary accordingly'
+    )
+  tokens = vocabulary.task_tokens
+  if (tokens.pad, tokens.eos) != (model.pad_id, model.eos_id):
+    raise UserError(
+        f'expected the tokens {model.pad_id} for padding and {model.eos_id} '
+        f'for the end of a text, as the model has, found {tokens.pad} and '
+        f'{tokens.eos} in the vocabulary; set pad_id and eos_id of the model'
     )
 
 
@@ -271,6 +290,7 @@ def _identity(
       'batch_size',
       'num_microbatches',
       'trainable',
+      'frozen_dtype',
       'seed',
       'computation',
   )

@@ -11,6 +11,8 @@ from codet5p_jax.models.computation import Computation
 from codet5p_jax.models.t5 import T5Config
 from codet5p_jax.objectives.causal_lm import CausalLM
 from codet5p_jax.objectives.sequence_to_sequence import SequenceToSequence
+from codet5p_jax.planning.flops import training_flops
+from codet5p_jax.planning.parameters import parameter_shapes
 from codet5p_jax.runs import precompile as module
 from codet5p_jax.runs.precompile import precompile
 from codet5p_jax.sharding import make_mesh
@@ -81,7 +83,20 @@ def test_the_real_step_is_compiled_for_a_chip_that_is_not_there(
       - step['aliased_bytes_per_device']
   )
   assert result['peak_hbm_bytes_per_chip'] == peak > arguments
-  assert f'peak HBM {peak / 1e9:.2f} GB a chip' in capsys.readouterr().out
+  told = capsys.readouterr().out
+  assert f'peak HBM {peak / 1e9:.2f} GB a chip' in told
+  assert step['matmul_flops_per_device'] > step['least_flops_per_device'] > 0
+  assert 'of matrix products a device' in told
+
+
+# Of 2 * 3 * 5 * 7 FLOPs.
+PRODUCT = '''
+ENTRY %main (a: f32[3,5]) -> f32[3,7] {
+  %a = f32[3,5] parameter(0)
+  %b = f32[5,7] parameter(1)
+  ROOT %c = f32[3,7] dot(%a, %b), lhs_contracting_dims={1}
+}
+'''
 
 
 @pytest.fixture
@@ -102,7 +117,7 @@ def compiler(monkeypatch):
         generated_code_size_in_bytes=40,
         alias_size_in_bytes=200,
     )
-    return types.SimpleNamespace(memory_analysis=lambda: analysis)
+    return types.SimpleNamespace(memory_analysis=lambda: analysis), PRODUCT
 
   monkeypatch.setattr(module, '_compile', compile_step)
   return asked
@@ -123,6 +138,18 @@ def test_the_largest_objective_decides_and_chips_hold_several_devices(
   assert (result['chips'], result['devices']) == (2, 4)
   peaks = {n: s['peak_hbm_bytes_per_chip'] for n, s in result['steps'].items()}
   assert peaks == {'sequence_to_sequence': 10_700, 'causal_lm': 2700}
+  for name, objective in zip(result['steps'], config.objectives):
+    step = result['steps'][name]
+    flops = training_flops(
+        config.model,
+        objective.batch_spec(16),
+        parameter_shapes(config.model.make_model()),
+        config.computation,
+    )
+    assert step['matmul_flops_per_device'] == 210
+    assert step['least_flops_per_device'] == flops.least // 4
+    assert step['recomputed_flops_per_device'] == 0
+    assert step['matmul_flops_ratio'] == round(210 * 4 / flops.least, 4)
   # Each alone, in its own shape, with all micro-batches of a step.
   shapes = [
       {name: spec['encoder_input_tokens'].shape for name, spec in batch.items()}
@@ -132,6 +159,17 @@ def test_the_largest_objective_decides_and_chips_hold_several_devices(
       {'sequence_to_sequence': (2, 8, 7)},
       {'causal_lm': (2, 8, 1)},
   ]
+
+
+def test_more_memory_than_is_accepted_is_one_clear_line(compiler, tmp_path):
+  config = dataclasses.replace(CONFIG, batch_size=8)
+  report = tmp_path / 'report.json'
+  # 300 + 210 + 1000 + 40 - 200, twice: 2700 bytes.
+  precompile(config, 'v4:2x1x1', max_peak_hbm_gb=2.7e-6)
+  with pytest.raises(UserError, match='at most 2.6e-06 GB') as error:
+    precompile(config, 'v4:2x1x1', str(report), max_peak_hbm_gb=2.6e-6)
+  assert '\n' not in str(error.value)
+  assert json.loads(report.read_text())['peak_hbm_bytes_per_chip'] == 2700
 
 
 @pytest.mark.parametrize('place', ['file/report.json', 'missing/report.json'])
@@ -202,3 +240,5 @@ def test_a_step_that_does_not_fit_is_one_clear_line():
 def test_other_faults_of_the_compiler_are_not_blamed_on_memory():
   with pytest.raises(RuntimeError, match='INTERNAL: a bug'):
     module._compile(failing_step('INTERNAL: a bug'), {}, 'v5e:4x4')
+
+

@@ -199,14 +199,31 @@ def test_another_model_in_the_same_folder_is_refused(
     run(other, undisturbed, small_corpus)
 
 
-def test_a_vocabulary_of_another_size_is_refused(
-    config, small_corpus, tmp_path
+class ForReleasedVocabularies(T5Config):
+  vocabulary_kinds = ('codet5', 'codegen')
+
+
+@pytest.mark.parametrize(
+    ('kind', 'changes', 'message'),
+    [
+        (T5Config, {'vocab_size': 77}, 'vocabulary of 77 tokens'),
+        (T5Config, {'pad_id': 5}, 'tokens 5 for padding and 2 .*found 0 and 2'),
+        (T5Config, {'eos_id': 1}, 'tokens 0 for padding and 1 for the end'),
+        (
+            ForReleasedVocabularies,
+            {},
+            'kind codet5 or codegen, .* found sentencepiece',
+        ),
+    ],
+)
+def test_a_vocabulary_that_does_not_suit_the_model_is_refused(
+    config, small_corpus, tmp_path, kind, changes, message
 ):
-  other = dataclasses.replace(
-      config, model=dataclasses.replace(config.model, vocab_size=77)
-  )
-  with pytest.raises(UserError, match='vocabulary of 77 tokens'):
+  fields = {**dataclasses.asdict(config.model), **changes}
+  other = dataclasses.replace(config, model=kind(**fields))
+  with pytest.raises(UserError, match=message) as error:
     run(other, tmp_path / 'run', small_corpus)
+  assert '\n' not in str(error.value)
   assert not (tmp_path / 'run').exists()
 
 
