@@ -58,6 +58,15 @@ lint: .venv/tests-installed-$(VERSION)
 	.venv/bin/lint-imports
 
 # Every shipped step for the TPU topologies it is meant for; no TPU needed.
+# Those of the composite also keep a bound of memory: topology, model, batch,
+# dtype of the frozen part, and GB a chip.
+COMPOSITE_PEAKS := \
+  v5e:1x1,deep_2b,4,bfloat16,11.5 \
+  v6e:1x1,deep_6b,4,bfloat16,20.6 \
+  v5e:2x4,deep_16b,16,bfloat16,6.1 \
+  v6e:1x1,deep_16b,2,int8,24.0 \
+  v5e:1x1,deep_6b,4,int8,13.9
+
 precompile-all: .venv/tests-installed-$(VERSION)
 	for model in t5_60m t5_220m t5_770m; do \
 	  for topology in v5e:1x1 v5e:4x4 v6e:1x1 v5p:2x2x1; do \
@@ -65,6 +74,13 @@ precompile-all: .venv/tests-installed-$(VERSION)
 	      --gin_file=models/$$model.gin --gin_file=runs/finetune.gin \
 	      TOPOLOGY=$$topology BATCH_SIZE=16 || exit 1; \
 	  done; \
+	done
+	for peak in $(COMPOSITE_PEAKS); do \
+	  IFS=, read topology model batch dtype gigabytes <<< $$peak; \
+	  JAX_PLATFORMS=cpu $(CODET5P) precompile \
+	    --gin_file=models/$$model.gin --gin_file=runs/finetune.gin \
+	    TOPOLOGY=$$topology BATCH_SIZE=$$batch FROZEN_DTYPE=$$dtype \
+	    MAX_PEAK_HBM_GB=$$gigabytes || exit 1; \
 	done
 
 benchmark: .venv/tests-installed-$(VERSION)
