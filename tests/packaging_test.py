@@ -14,6 +14,8 @@ from codet5p_jax import gin_paths
 PACKAGE = pathlib.Path(codet5p_jax.__file__).parent
 ROOT = PACKAGE.parent
 MODULES = sorted(PACKAGE.rglob('*.py'))
+# Python files that are data: exported folders get copies.
+CARRIED = PACKAGE / 'conversion' / 'huggingface'
 # Gone from JAX, or about to go.
 DEPRECATED = {
     'pjit', 'pmap', 'xmap', 'soft_pmap', 'host_callback', 'maps',
@@ -64,7 +66,7 @@ def lines(option: str) -> list[str]:
 
 
 def test_every_package_is_installed(setup):
-  folders = {path.parent for path in MODULES}
+  folders = {path.parent for path in MODULES} - {CARRIED}
   assert all((folder / '__init__.py').is_file() for folder in folders)
   on_disk = {name_of(folder).replace('/', '.') for folder in folders}
   declared = lines(setup['options']['packages'])
@@ -83,6 +85,17 @@ def test_every_gin_file_is_installed(setup):
   on_disk = {p for p in (ROOT / folder).rglob('*') if p.is_file()}
   assert installed == on_disk
   assert len(on_disk) == len(gin_paths.shipped())
+
+
+def test_carried_code_is_installed_and_is_no_package(setup):
+  [pattern] = lines(setup['options.package_data']['codet5p_jax.conversion'])
+  installed = set(CARRIED.parent.glob(pattern))
+  # Without this file, import-linter and coverage do not look at the folder.
+  assert not (CARRIED / '__init__.py').exists()
+  assert installed == {p for p in CARRIED.iterdir() if p.suffix}
+  assert {p.suffix for p in installed} == {'.py'}
+  imported = imported_by('import codet5p_jax.conversion.remote_code')
+  assert not imported & set(HEAVY)
 
 
 def test_the_command_is_the_main_function(setup):
