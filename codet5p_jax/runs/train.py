@@ -168,7 +168,12 @@ def train(
     finally:
       log.close()
   params = merge_params(state.params, state.frozen_params)
-  save_weights(folder.model, params, {'step': int(state.step)})
+  save_weights(
+      folder.model,
+      params,
+      {'step': int(state.step)},
+      step_config.model.vocab_size,
+  )
   _logger.info('Weights in %s.', folder.model)
 
 

@@ -1,6 +1,8 @@
 """One number for a tree of parameters, whatever its layout in memory."""
 
 import hashlib
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,18 +30,40 @@ def fingerprint_tree(tree: Tree) -> str:
   Raises:
     ValueError: a leaf has parts on the devices of other processes.
   """
-  lines = []
-  for path, array in iterate_layers(tree):
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-      raise ValueError(
-          f'{path} has parts on other processes: take the fingerprint of the '
-          f'source where one process holds it whole'
-      )
-    array = np.asarray(array)
-    # Bytes in the order of C, without a copy where that is the order already.
-    content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    digest = hashlib.sha256(content).hexdigest()
-    lines.append(f'{path} {array.dtype} {list(array.shape)} {digest}')
+  return fingerprint_leaves(iterate_layers(tree))
+
+
+def fingerprint_leaves(leaves: Iterable[tuple[str, Any]]) -> str:
+  """As `fingerprint_tree`, of (path, array) one per layer, in any order.
+
+  Raises:
+    ValueError: as `fingerprint_tree`.
+  """
+  return join_digests(
+      (path, digest_array(path, array)) for path, array in leaves
+  )
+
+
+def digest_array(path: str, array: Any) -> str:
+  """Returns dtype, shape and SHA-256 of an array's bytes, in words.
+
+  Raises:
+    ValueError: it has parts on the devices of other processes.
+  """
+  if isinstance(array, jax.Array) and not array.is_fully_addressable:
+    raise ValueError(
+        f'{path} has parts on other processes: take the fingerprint of the '
+        f'source where one process holds it whole'
+    )
+  array = np.asarray(array)
+  # Bytes in the order of C, without a copy where that is the order already.
+  content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+  digest = hashlib.sha256(content).hexdigest()
+  return f'{array.dtype} {list(array.shape)} {digest}'
+
+
+def join_digests(digests: Iterable[tuple[str, str]]) -> str:
+  """Returns the fingerprint of (path, `digest_array`) of all leaves."""
   # Sorted, so that the order of leaves in memory plays no part.
-  text = '\n'.join([_RECIPE, *sorted(lines)])
-  return hashlib.sha256(text.encode()).hexdigest()
+  lines = sorted(f'{path} {digest}' for path, digest in digests)
+  return hashlib.sha256('\n'.join([_RECIPE, *lines]).encode()).hexdigest()
