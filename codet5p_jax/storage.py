@@ -26,8 +26,9 @@ _STORAGE_ERRORS = frozenset({
     errno.ESTALE,
 })
 
-# TensorStore reports a failed write as ValueError with this in its text.
-_TENSORSTORE_ERROR = re.compile(r"os_error_code='(\d+)'")
+# TensorStore reports a failed write as ValueError with the first in its text,
+# and safetensors as an error of its own with the second.
+_CODE_IN_TEXT = re.compile(r"os_error_code='(\d+)'|\(os error (\d+)\)")
 
 # ArrayRecord raises RuntimeError with the system's words in its own.
 _ARRAY_RECORD_ERROR = re.compile(r'\w\(\) failed: ([^;]*)')
@@ -64,8 +65,10 @@ def storage_fault(error: BaseException | None) -> str | None:
   seen = set()
   while error is not None and id(error) not in seen:
     seen.add(id(error))
-    found = _TENSORSTORE_ERROR.search(str(error))
-    code = int(found.group(1)) if found else getattr(error, 'errno', None)
+    found = _CODE_IN_TEXT.search(str(error))
+    code = (
+        int(found[1] or found[2]) if found else getattr(error, 'errno', None)
+    )
     if code in _STORAGE_ERRORS:
       # The system's words, "File exists", would not say what is wrong.
       is_in_the_way = code == errno.EEXIST

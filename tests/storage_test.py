@@ -18,6 +18,8 @@ def test_storage_faults_are_found_wherever_they_hide(code):
   assert storage_fault(OSError(code, 'ignored')) == words
   text = f"INTERNAL: Failed writing [os_error_code='{code}']"
   assert storage_fault(ValueError(text)) == words
+  text = f'Error while serializing: I/O error: ignored (os error {code})'
+  assert storage_fault(Exception(text)) == words
   with pytest.raises(StorageFault) as raised:
     with explaining_storage_faults('cannot write x', 'mend it'):
       try:
