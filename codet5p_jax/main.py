@@ -51,6 +51,9 @@ SUBCOMMANDS = {
     'prepare_corpus': Subcommand('make a corpus folder from source code'),
     'inspect_data': Subcommand('show decoded examples of a task'),
     'train_vocabulary': Subcommand('train a vocabulary on source code'),
+    'convert': Subcommand(
+        'bring a checkpoint of Hugging Face in, or a model out',
+        words=('source', 'target')),
 }
 
 _WIDTH = 2 + max(map(len, SUBCOMMANDS))

@@ -24,10 +24,10 @@ CLM_NAME = '[CLM]'
 MATCH_NAME, TDEC_NAME, CDEC_NAME = '[MATCH]', '[TDEC]', '[CDEC]'
 
 _CODET5_SPECIALS = ('<pad>', '<s>', '</s>', '<unk>', '<mask>')
-_BIMODAL_NAMES = ('[ENC]', '[TDEC]', '[CDEC]')  # match, tdec, cdec.
-_END_OF_TEXT = '<|endoftext|>'
+BIMODAL_NAMES = ('[ENC]', '[TDEC]', '[CDEC]')  # match, tdec, cdec.
+END_OF_TEXT = '<|endoftext|>'
 # CodeGen's additions to GPT-2: 31 to 2 spaces, then 9 to 2 tabs.
-_CODEGEN_WHITESPACE = tuple(
+CODEGEN_WHITESPACE = tuple(
     [' ' * n for n in range(31, 1, -1)] + ['\t' * n for n in range(9, 1, -1)]
 )
 # Rows of CodeGen's tables; those above the task tokens are never used.
@@ -94,7 +94,7 @@ def drop_codet5_additions(pieces: Sequence[str]) -> list[str]:
   and those of the bimodal one may hold its three tokens as well.
   """
   sentinels = SENTINEL_NAMES[::-1]
-  for additions in ((*sentinels, *_BIMODAL_NAMES), sentinels):
+  for additions in ((*sentinels, *BIMODAL_NAMES), sentinels):
     if tuple(pieces[-len(additions) :]) == additions:
       return list(pieces[: -len(additions)])
   return list(pieces)
@@ -113,7 +113,7 @@ def codet5_layout(trained: Sequence[str], bimodal: bool) -> Layout:
         f'{" ".join(_CODET5_SPECIALS)}, but this one begins with '
         f'{" ".join(found)}; give the file of CodeT5'
     )
-  misplaced = set(SENTINEL_NAMES + _BIMODAL_NAMES) & set(trained)
+  misplaced = set(SENTINEL_NAMES + BIMODAL_NAMES) & set(trained)
   if misplaced:
     raise errors.UserError(
         'the vocab.json of CodeT5 should hold all sentinels at its end, from '
@@ -133,13 +133,13 @@ def codet5_layout(trained: Sequence[str], bimodal: bool) -> Layout:
   if bimodal:
     # The bimodal checkpoint's map of special tokens lists these three and no
     # sentinel: `<extra_id_0>` in a text is not one token to its tokenizer.
-    special_names |= dict(zip((match, tdec, cdec), _BIMODAL_NAMES))
-    released += [ReleasedSpecial(name) for name in _BIMODAL_NAMES]
+    special_names |= dict(zip((match, tdec, cdec), BIMODAL_NAMES))
+    released += [ReleasedSpecial(name) for name in BIMODAL_NAMES]
   else:
     # The sentinels were published with lstrip (salesforce/CodeT5 issue 147).
     released += [ReleasedSpecial(name, lstrip=True) for name in SENTINEL_NAMES]
   return Layout(
-      vocab_size=first_task_token + (len(_BIMODAL_NAMES) if bimodal else 0),
+      vocab_size=first_task_token + (len(BIMODAL_NAMES) if bimodal else 0),
       task_tokens=TaskTokens(
           pad=0,
           bos=1,
@@ -165,14 +165,14 @@ def codegen_layout(trained: Sequence[str]) -> Layout:
     UserError: The pieces do not end as GPT-2's do, or are too many.
   """
   end_of_text = len(trained) - 1
-  if trained[-1] != _END_OF_TEXT:
+  if trained[-1] != END_OF_TEXT:
     raise errors.UserError(
-        f'the vocab.json of GPT-2 should end with {_END_OF_TEXT}, but this one '
+        f'the vocab.json of GPT-2 should end with {END_OF_TEXT}, but this one '
         f'ends with {trained[-1]}; give the file of GPT-2, without the pieces '
         'that CodeGen adds'
     )
   # Rows that the released models never trained serve the tasks.
-  clm = len(trained) + len(_CODEGEN_WHITESPACE)
+  clm = len(trained) + len(CODEGEN_WHITESPACE)
   sentinels = tuple(range(clm + 1, clm + 1 + NUM_SENTINELS))
   match, tdec, cdec = range(sentinels[-1] + 1, sentinels[-1] + 4)
   if cdec >= _CODEGEN_VOCAB_SIZE:
@@ -182,7 +182,7 @@ def codegen_layout(trained: Sequence[str]) -> Layout:
         'rows of CodeGen; give the file of GPT-2'
     )
 
-  special_names = {end_of_text: _END_OF_TEXT, clm: CLM_NAME}
+  special_names = {end_of_text: END_OF_TEXT, clm: CLM_NAME}
   special_names |= dict(zip(sentinels, SENTINEL_NAMES))
   special_names |= {match: MATCH_NAME, tdec: TDEC_NAME, cdec: CDEC_NAME}
   return Layout(
@@ -199,7 +199,7 @@ def codegen_layout(trained: Sequence[str]) -> Layout:
           sentinels=sentinels,
       ),
       special_names=special_names,
-      whitespace=_CODEGEN_WHITESPACE,
-      released_specials=(ReleasedSpecial(_END_OF_TEXT),),
+      whitespace=CODEGEN_WHITESPACE,
+      released_specials=(ReleasedSpecial(END_OF_TEXT),),
       released_adds_ends=False,
   )

@@ -84,6 +84,11 @@ class Vocabulary(abc.ABC):
     self._piece_lengths = np.array([len(piece) for piece in pieces], np.int64)
 
   @property
+  def files(self) -> Mapping[str, bytes]:
+    """The contents by name that `save` writes beside its description."""
+    return dict(self._files)
+
+  @property
   def padded_vocab_size(self) -> int:
     """Rows of an embedding table: `vocab_size` up to a multiple of 128."""
     return -(-self.vocab_size // 128) * 128

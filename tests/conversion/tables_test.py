@@ -1,0 +1,275 @@
+import dataclasses
+import re
+
+import gin
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from codet5p_jax import configuration
+from codet5p_jax.conversion.families import (
+    FAMILIES,
+    family_of,
+    family_of_config,
+)
+from codet5p_jax.conversion.huggingface_folder import our_shapes
+from codet5p_jax.conversion.tables import (
+    find_tensors,
+    fold_names,
+    require_agreement,
+    their_shapes,
+)
+from codet5p_jax.conversion.to_huggingface import tensor_bytes
+from codet5p_jax.errors import UserError
+from codet5p_jax.models.bimodal import BimodalConfig, EmbeddingConfig
+from codet5p_jax.models.codegen import CodeGenConfig
+from codet5p_jax.models.shallow_encoder_deep_decoder import (
+    ShallowEncoderDeepDecoderConfig,
+)
+from codet5p_jax.models.t5 import T5Config
+from tests.conversion.conftest import MODELS
+
+# Distinct weights, and the keys of the released files with their masks.
+RELEASED = {
+    't5_220m': (257, 257),
+    't5_770m': (509, 509),
+    'bimodal_220m': (261, 261),
+    'embedding_110m': (101, 101),
+    'deep_2b': (429, 482),
+    'deep_6b': (437, 491),
+    'deep_16b': (445, 500),
+    'instruct_16b': (445, 500),
+}
+# Spec 0.2 and 1.1: weights in float16, and masks of bytes.
+BYTES = {
+    't5_220m': 2 * 222_882_048,
+    't5_770m': 2 * 737_639_424,
+    'bimodal_220m': 2 * 223_082_754,
+    'embedding_110m': 2 * 109_806_208,
+    'deep_2b': 6_447_152_128,
+    'deep_6b': 15_105_998_848,
+    'deep_16b': 33_218_048_000,
+    'instruct_16b': 33_218_048_000,
+}
+SIZES = st.integers(1, 5)
+
+
+@st.composite
+def models(draw, kind):
+  """A configuration of a family, of any small sizes."""
+
+  def codegen(num_layers=SIZES):
+    heads = 4 * draw(st.integers(1, 2))
+    width = 2 * draw(st.integers(1, 3))
+    return CodeGenConfig(
+        vocab_size=5,
+        emb_dim=heads * width,
+        num_layers=draw(num_layers),
+        num_heads=heads,
+        head_dim=width,
+        rotary_dim=2,
+        mlp_dim=draw(SIZES),
+    )
+
+  if kind == 'codegen':
+    return codegen()
+  if kind == 'codet5p':
+    return ShallowEncoderDeepDecoderConfig(
+        codegen(), codegen(st.integers(2, 5))
+    )
+  sizes = {
+      'vocab_size': draw(SIZES),
+      'emb_dim': draw(SIZES),
+      'num_heads': draw(SIZES),
+      'head_dim': draw(SIZES),
+      'mlp_dim': draw(SIZES),
+      'num_encoder_layers': draw(SIZES),
+      'relative_attention_num_buckets': 4 * draw(SIZES),
+  }
+  if kind == 'codet5p_embedding':
+    return EmbeddingConfig(**sizes, projection_dim=draw(SIZES))
+  if kind == 'codet5p_bimodal':
+    return BimodalConfig(
+        **sizes, num_decoder_layers=draw(SIZES), projection_dim=draw(SIZES)
+    )
+  return T5Config(**sizes, num_decoder_layers=draw(SIZES))
+
+
+@pytest.mark.parametrize('kind', FAMILIES)
+@hypothesis.given(st.data(), st.integers(0, 2**32 - 1))
+@hypothesis.settings(
+    max_examples=5,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+def test_every_tensor_of_any_sizes_comes_back_bit_by_bit(kind, data, seed):
+  model = data.draw(models(kind))
+  rows = family_of_config(model).rows(model)
+  shapes = our_shapes(model)
+  numbers = np.random.default_rng(seed)
+  taken = []
+  for row in rows:
+    ours = [shapes[path].shape for path in row.paths]
+    tensor = numbers.integers(
+        0, 2**16, row.layout.their_shape(ours), np.uint16
+    )
+    leaves = row.layout.to_ours(tensor, ours)
+    assert [leaf.shape for leaf in leaves] == ours
+    np.testing.assert_array_equal(row.layout.to_theirs(leaves), tensor)
+    taken += row.paths
+  # Each leaf of the network is made, once.
+  assert sorted(taken) == sorted(shapes)
+  assert len({row.theirs for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize('model_type', FAMILIES)
+def test_a_configuration_survives_both_directions(model_type):
+  family, model = FAMILIES[model_type], MODELS[model_type]
+  config = family.write_config(model)
+  assert family_of(config['model_type'], 'here') is family
+  assert family_of_config(model) is family
+  assert family.read_config(config) == model
+
+
+@pytest.mark.parametrize('name', RELEASED)
+def test_released_models_have_the_released_tensors_and_bytes(name):
+  model = configuration_of(name)
+  family = family_of_config(model)
+  tensors = tensor_bytes(family, model, itemsize=2)
+  masks = family.buffers(model)
+  assert (len(tensors) - len(masks), len(tensors)) == RELEASED[name]
+  assert sum(tensors.values()) == BYTES[name]
+  assert all(re.fullmatch(family.ignored, mask) for mask in masks)
+
+
+def test_the_composite_has_the_names_of_the_released_index():
+  """Spec 2.2, the tensors of one layer and those outside layers."""
+  names = set(tensor_bytes(
+      FAMILIES['codet5p'], configuration_of('deep_16b'), itemsize=2
+  ))  # fmt: skip
+  layer = {
+      'ln_1.weight', 'ln_1.bias', 'attn.qkv_proj.weight',
+      'attn.out_proj.weight', 'attn.causal_mask', 'mlp.fc_in.weight',
+      'mlp.fc_in.bias', 'mlp.fc_out.weight', 'mlp.fc_out.bias',
+  }  # fmt: skip
+  cross_attention = {
+      f'crossattention.{name}'
+      for name in (
+          'q_attn.weight', 'qkv_proj.weight', 'out_proj.weight', 'causal_mask'
+      )
+  }  # fmt: skip
+  expected = {
+      'encoder.wte.weight', 'encoder.ln_f.weight', 'encoder.ln_f.bias',
+      'enc_to_dec_proj.weight', 'enc_to_dec_proj.bias',
+      'decoder.transformer.wte.weight', 'decoder.transformer.ln_f.weight',
+      'decoder.transformer.ln_f.bias', 'decoder.lm_head.weight',
+      'decoder.lm_head.bias',
+  }  # fmt: skip
+  expected |= {f'encoder.h.{i}.{name}' for i in range(20) for name in layer}
+  decoder = 'decoder.transformer.h'
+  expected |= {f'{decoder}.{i}.{name}' for i in range(34) for name in layer}
+  expected |= {f'{decoder}.33.{name}' for name in cross_attention}
+  assert names == expected
+
+
+def configuration_of(name):
+  """Returns the model of a shipped gin file."""
+  configuration.load([f'models/{name}.gin'])
+  try:
+    return configuration.macro('MODEL')
+  finally:
+    gin.clear_config()
+
+
+def found_tensors(model_type):
+  family, model = FAMILIES[model_type], MODELS[model_type]
+  expected = their_shapes(family.rows(model), our_shapes(model))
+  found = {
+      name: jax.ShapeDtypeStruct(shape, jnp.float16)
+      for name, shape in expected.items()
+  }
+  return family, expected, found
+
+
+def test_all_that_is_wrong_with_tensors_is_named_in_one_line():
+  family, expected, found = found_tensors('t5')
+  for layer in range(3):
+    del found[f'decoder.block.{layer}.layer.2.layer_norm.weight']
+  found['encoder.block.1.adapter.weight'] = found['shared.weight']
+  found['encoder.final_layer_norm.weight'] = jax.ShapeDtypeStruct(
+      (13,), np.float32
+  )
+  found['encoder.block.0.layer.0.layer_norm.weight'] = jax.ShapeDtypeStruct(
+      (12,), np.int8
+  )
+  with pytest.raises(UserError) as error:
+    find_tensors(family, expected, found, 'here')
+  message = str(error.value)
+  assert '\n' not in message
+  for words in (
+      '3 missing (decoder.block.{0-2}.layer.2.layer_norm.weight)',
+      '1 unexpected (encoder.block.1.adapter.weight)',
+      '1 of shape [13] instead of [12] (encoder.final_layer_norm.weight)',
+      '1 of int8 (encoder.block.0.layer.0.layer_norm.weight)',
+  ):
+    assert words in message
+
+
+def test_masks_of_any_size_are_no_weights():
+  for model_type in ('codegen', 'codet5p'):
+    family, expected, found = found_tensors(model_type)
+    prefix = 'transformer' if model_type == 'codegen' else 'decoder.transformer'
+    found[f'{prefix}.h.1.attn.causal_mask'] = jax.ShapeDtypeStruct(
+        (1, 1, 9, 9), np.uint8
+    )
+    names = find_tensors(family, expected, found, 'here')
+    assert names == {name: name for name in expected}
+
+
+def test_names_of_layers_are_folded():
+  names = [f'encoder/layers_{i}/a' for i in (3, 0, 1)] + ['b.7.c', 'd']
+  assert fold_names(names) == ['encoder/layers_{0-1,3}/a', 'b.7.c', 'd']
+
+
+def test_a_configuration_that_contradicts_the_tensors_is_told_field_by_field():
+  config = {'d_model': 768, 'd_ff': 3072, 'encoder': {'n_layer': 4}}
+  measured = {'d_model': 1024, 'd_ff': 3072, 'encoder.n_layer': 3, 'd_kv': 64}
+  with pytest.raises(UserError) as error:
+    require_agreement(config, measured)
+  assert 'd_model is 768 but 1024 by the tensors' in str(error.value)
+  assert 'encoder.n_layer is 4 but 3 by the tensors' in str(error.value)
+  assert 'd_ff' not in str(error.value) and 'd_kv' not in str(error.value)
+  require_agreement(config, {'d_model': 768, 'unknown': None})
+
+
+@pytest.mark.parametrize(
+    ('model_type', 'changes', 'match'),
+    [
+        ('t5', {'d_model': None}, 'd_model in config.json to be a number'),
+        ('t5', {'feed_forward_proj': 'gated-gelu'}, "'relu'.*'gated-gelu'"),
+        ('t5', {'tie_word_embeddings': False}, 'tie_word_embeddings.*False'),
+        ('codegen', {'activation_function': 'relu'}, "'gelu_new'.*'relu'"),
+        ('codegen', {'n_head': 7}, 'a multiple of n_head, found 80 and 7'),
+        ('codet5p', {'encoder': None}, 'encoder in config.json to hold'),
+    ],
+)
+def test_what_our_networks_do_not_compute_is_refused(
+    model_type, changes, match
+):
+  family = FAMILIES[model_type]
+  config = family.write_config(MODELS[model_type]) | changes
+  with pytest.raises(UserError, match=match):
+    family.read_config(config)
+
+
+def test_what_is_no_family_is_refused():
+  with pytest.raises(UserError, match="among t5, .*found 'llama'"):
+    family_of('llama', 'config.json')
+  with pytest.raises(UserError, match='found None'):
+    family_of(None, 'config.json')
+  model = dataclasses.make_dataclass('Other', [])()
+  with pytest.raises(UserError, match='released family, found a Other'):
+    family_of_config(model)
