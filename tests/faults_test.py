@@ -17,7 +17,8 @@ import pytest
 
 from codet5p_jax import main
 from codet5p_jax.runs import train as train_run
-from codet5p_jax.training import files, run_folder, trained_model
+from codet5p_jax import trained_model
+from codet5p_jax.training import files, run_folder
 from codet5p_jax.training.batches import TrainBatches
 from codet5p_jax.training.checkpoints import save, weights
 

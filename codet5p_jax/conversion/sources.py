@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from codet5p_jax.conversion.huggingface_folder import (
     open_huggingface_folder,
     our_shapes,
 )
+from codet5p_jax.conversion.init_from import plan_initialisation
 from codet5p_jax.conversion.tables import fold_names
 from codet5p_jax.conversion.tensor_files import has_tensors, read_json_object
 from codet5p_jax.conversion.tokenizer_files import (
@@ -25,7 +26,10 @@ from codet5p_jax.conversion.tokenizer_files import (
 from codet5p_jax.data.vocabularies import Vocabulary, load_vocabulary
 from codet5p_jax.errors import UserError
 from codet5p_jax.storage import local_path
-from codet5p_jax.training.checkpoints.fingerprint import fingerprint_leaves
+from codet5p_jax.training.checkpoints.fingerprint import (
+    digest_array,
+    fingerprint_leaves,
+)
 from codet5p_jax.training.checkpoints.weights import SavedWeights
 from codet5p_jax.training.run_folder import RunFolder, read_config, rebuild
 
@@ -152,23 +156,54 @@ def _open_ours(path: Path) -> WeightSource:
         f'none; let the run finish'
     )
   saved = SavedWeights(folder.model)
-  _require_leaves(saved, our_shapes(model))
+  shapes, read = _with_frozen(saved, config.get('init_from', ()), model)
+  _require_leaves(saved, shapes, our_shapes(model))
   vocabulary = folder.vocabulary if folder.vocabulary.is_dir() else None
   return WeightSource(
       name=str(path),
       model=model,
       vocabulary=vocabulary,
-      shapes=saved.shapes,
-      read=saved.read,
+      shapes=shapes,
+      read=read,
       load_vocabulary=lambda: vocabulary and load_vocabulary(vocabulary),
   )
 
 
+def _with_frozen(
+    saved: SavedWeights, init_from: Sequence[Any], model: Any
+) -> tuple[dict[str, jax.ShapeDtypeStruct], Callable[[str], np.ndarray]]:
+  """Shapes of a run's weights, and how to read them.
+
+  What a run left frozen is not in its folder, but where it came from.
+  """
+  digests = saved.metadata.get('frozen_digests')
+  if not digests:
+    return dict(saved.shapes), saved.read
+  initialisation = plan_initialisation(init_from, model, open_source)
+  initialisation.require_digests(digests, digests)
+  origins = {path: initialisation.origins[path] for path in digests}
+
+  def read(path):
+    if path not in origins:
+      return saved.read(path)
+    array = origins[path].read()
+    initialisation.require_digests(
+        {path: digests[path]}, {path: digest_array(path, array)}
+    )
+    return array
+
+  shapes = dict(saved.shapes)
+  for path, origin in origins.items():
+    shapes[path] = origin.source.shapes[origin.path]
+  return shapes, read
+
+
 def _require_leaves(
-    saved: SavedWeights, expected: Mapping[str, jax.ShapeDtypeStruct]
+    saved: SavedWeights,
+    found: Mapping[str, jax.ShapeDtypeStruct],
+    expected: Mapping[str, jax.ShapeDtypeStruct],
 ) -> None:
   """Refuses weights that are not those of the model beside them."""
-  found = saved.shapes
   both = [path for path in expected if path in found]
   faults = {
       'missing': [path for path in expected if path not in found],

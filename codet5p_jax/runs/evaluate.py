@@ -3,12 +3,13 @@
 import json
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from codet5p_jax.errors import require_positive
+from codet5p_jax.errors import UserError, require_positive
 from codet5p_jax.training.batches import evaluation_examples
 from codet5p_jax.training.evaluation import evaluate_objectives
 from codet5p_jax.training.run_folder import write_result
-from codet5p_jax.training.trained_model import load_trained_model
+from codet5p_jax.trained_model import load_trained_model
 
 _logger = logging.getLogger(__name__)
 
@@ -20,6 +21,7 @@ def evaluate(
     batch_size: int | None = None,
     batch_count: int | None = None,
     mesh_shape: Sequence[int] = (1, -1, 1),
+    init_from: Sequence[Any] | None = None,
     operative_config: Callable[[], str] | None = None,
 ) -> dict[str, float]:
   """Evaluates the objectives a run was trained with, and prints the means.
@@ -32,6 +34,7 @@ def evaluate(
       default the run's.
     batch_count: at most so many batches; None for the whole split.
     mesh_shape: (replica, data, model).
+    init_from: where frozen weights lie now; see `load_trained_model`.
     operative_config: gives the configuration that replays this run.
 
   Returns:
@@ -41,7 +44,14 @@ def evaluate(
     UserError: the run folder or the data is not what it should be.
   """
   require_positive(batch_size=batch_size, batch_count=batch_count)
-  trained = load_trained_model(run_dir, mesh_shape, batch_size)
+  trained = load_trained_model(
+      run_dir, mesh_shape, batch_size, init_from=init_from
+  )
+  if not trained.train_step.config.objectives:
+    raise UserError(
+        f'expected a run with objectives to evaluate, found a converted model '
+        f'in {run_dir}; start a run from it, see INIT_FROM in runs/finetune.gin'
+    )
   data_dir = data_dir or trained.config['data_dir']
   objectives = trained.train_step.config.objectives
   values = evaluate_objectives(

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -14,13 +15,21 @@ from codet5p_jax.decoding.infilling import (
 )
 from codet5p_jax.errors import UserError
 from codet5p_jax.training.run_folder import read_metrics, write_result
-from codet5p_jax.training.trained_model import TrainedModel, load_trained_model
+from codet5p_jax.trained_model import TrainedModel, load_trained_model
 
 _logger = logging.getLogger(__name__)
 
-MODES = ('decoder_only', 'encoder_decoder', 'seq2seq_causal_lm', 'infill')
+MODES = (
+    'decoder_only',
+    'encoder_decoder',
+    'encoder_and_decoder',
+    'seq2seq_causal_lm',
+    'infill',
+)
 # In these the text follows the prompt.
-_CONTINUING_MODES = ('decoder_only', 'seq2seq_causal_lm')
+_CONTINUING_MODES = (
+    'decoder_only', 'encoder_and_decoder', 'seq2seq_causal_lm'
+)  # fmt: skip
 
 
 def generate(
@@ -29,6 +38,8 @@ def generate(
     mode: str = 'decoder_only',
     max_new_tokens: int = 64,
     mesh_shape: Sequence[int] = (1, -1, 1),
+    dtype: str | None = None,
+    init_from: Sequence[Any] | None = None,
     operative_config: Callable[[], str] | None = None,
 ) -> list[str]:
   """Prints the likeliest text for each prompt, token by token.
@@ -39,14 +50,18 @@ def generate(
 
   Args:
     prompts: texts.
-    run_dir: the folder of a trained run.
+    run_dir: the folder of a trained run, or of a converted model.
     mode: "decoder_only" gives the prompt to the decoder, which continues it;
       "seq2seq_causal_lm" gives it to the encoder, and the decoder continues
       it; "encoder_decoder" gives it to the encoder, and the decoder answers;
+      "encoder_and_decoder" gives it to both, as models with a frozen decoder
+      need it;
       "infill" fills the gaps of a prompt, marked <extra_id_0>, <extra_id_1>
       and so on. A model does well in the forms that it was trained on.
     max_new_tokens: tokens to generate at most, those of all gaps together.
     mesh_shape: (replica, data, model).
+    dtype: of the computation; see `load_trained_model`.
+    init_from: where frozen weights lie now; see `load_trained_model`.
     operative_config: gives the configuration that replays this run.
 
   Returns:
@@ -74,7 +89,10 @@ def generate(
   if mode == 'infill':
     for prompt in prompts:
       split_at_gaps(prompt)  # A prompt without a gap is told before all else.
-  trained = load_trained_model(run_dir, mesh_shape)
+  trained = load_trained_model(
+      run_dir, mesh_shape, dtype=dtype, init_from=init_from
+  )
+  _check_mode(mode, trained)
   texts = []
   for prompt in prompts:
     if mode == 'infill':
@@ -92,6 +110,25 @@ def generate(
   return texts
 
 
+def _check_mode(mode: str, trained: TrainedModel) -> None:
+  """Refuses to give a decoder what it was not trained on, or to have none."""
+  model = trained.train_step.config.model
+  if 'decoder' not in model.head_counts():
+    raise UserError(
+        f'expected a model with a decoder, found {type(model).__name__}, which '
+        f'has none; give the folder of another'
+    )
+  wrong, right = 'encoder_and_decoder', 'encoder_decoder'
+  if model.prompt_to_decoder:
+    wrong, right = right, wrong
+  if mode == wrong:
+    raise UserError(
+        f'expected MODE={right} of {type(model).__name__}, whose decoder was '
+        f'trained {"with" if model.prompt_to_decoder else "without"} the '
+        f'prompt, found {mode}; set MODE={right}'
+    )
+
+
 def _continue(
     trained: TrainedModel, prompt: str, mode: str, max_new_tokens: int
 ) -> str:
@@ -102,6 +139,7 @@ def _continue(
       'decoder_only': ([task_tokens.clm], [*begin, *tokens]),
       'seq2seq_causal_lm': ([task_tokens.clm, *begin, *tokens], begin),
       'encoder_decoder': ([*begin, *tokens, task_tokens.eos], begin),
+      'encoder_and_decoder': (tokens, tokens),  # As SequenceToSequence trains.
   }[mode]
   generated = _generate(trained, source, target, max_new_tokens)
   return trained.vocabulary.decode(generated)

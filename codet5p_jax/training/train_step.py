@@ -127,7 +127,7 @@ class StepConfig:
   Attributes:
     model: configuration of the network.
     computation: how the network is computed.
-    objectives: those trained together.
+    objectives: those trained together; none for a model that is only used.
     optimizer: see training/optimizers.py.
     batch_size: rows of a step, over all devices and micro-batches; an
       objective may multiply them by its `batch_scale`.
@@ -159,12 +159,12 @@ class StepConfig:
     for field in ('objectives', 'trainable', 'mesh_shape'):
       object.__setattr__(self, field, tuple(getattr(self, field)))
     names = [objective.name for objective in self.objectives]
-    if len(set(names)) != len(names) or not names:
+    if len(set(names)) != len(names):
       raise UserError(
           f'expected objectives with names of their own, found {names}; mend '
           f'OBJECTIVES'
       )
-    if min(objective.first_step for objective in self.objectives):
+    if min((o.first_step for o in self.objectives), default=0):
       raise UserError(
           f'expected an objective that is trained from step 0 on, found that '
           f'the first of {", ".join(names)} starts later; set the first_step '
@@ -213,6 +213,7 @@ class TrainStep:
     evaluate: (params, frozen_params, the objective's state, {feature: [batch,
       ...]}, objective) -> Metrics, without dropout.
     abstract_state: shapes, dtypes and shardings of the state.
+    axis_names: logical names of the axes of every parameter, by path.
     batch_sharding: of every feature [micro-batches, batch, ...].
     evaluation_sharding: of every feature [batch, ...] of an evaluation batch.
   """
@@ -224,6 +225,7 @@ class TrainStep:
   step: Callable[[TrainState, StepBatch], tuple[TrainState, Metrics]]
   evaluate: Callable[[Tree, Tree, Tree, Batch, Objective], Metrics]
   abstract_state: TrainState
+  axis_names: Mapping[str, tuple[str | None, ...]]
   batch_sharding: NamedSharding
   evaluation_sharding: NamedSharding
 
@@ -335,6 +337,7 @@ def make_train_step(config: StepConfig, mesh: Mesh) -> TrainStep:
           static_argnums=4,
       ),
       abstract_state=abstract_state,
+      axis_names=names,
       batch_sharding=batch_sharding,
       evaluation_sharding=evaluation_sharding,
   )
@@ -548,7 +551,7 @@ def _state_shardings(
 
 def _check_divisible(config: StepConfig, mesh: Mesh) -> None:
   shards = batch_axes_size(mesh)
-  if config.microbatch_size % shards:
+  if config.objectives and config.microbatch_size % shards:
     lower = config.batch_size // (shards * config.num_microbatches)
     suggestion = max(lower, 1) * shards * config.num_microbatches
     raise UserError(

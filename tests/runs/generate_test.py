@@ -11,7 +11,7 @@ from codet5p_jax.errors import UserError
 from codet5p_jax.runs import generate as generate_run
 from codet5p_jax.runs.generate import generate
 from codet5p_jax.training.run_folder import RunFolder
-from codet5p_jax.training.trained_model import TrainedModel
+from codet5p_jax.trained_model import TrainedModel
 
 START = 7  # Unlike any id that the modes put in.
 STEP = 12

@@ -20,7 +20,7 @@ from codet5p_jax.runs.train import train
 from codet5p_jax.training.logging import RunLog
 from codet5p_jax.training.optimizers import AdamW
 from codet5p_jax.training.train_step import StepConfig
-from codet5p_jax.training.trained_model import load_trained_model
+from codet5p_jax.trained_model import load_trained_model
 
 STEPS = 7
 # What a resumed run must repeat exactly; the rest of a row is about time.

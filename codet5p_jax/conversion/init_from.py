@@ -1,0 +1,268 @@
+"""Which parameters of a model come from which other weights: INIT_FROM.
+
+INIT_FROM is a list of (source, part, map):
+
+  source  a folder, of this program or in Hugging Face's layout; or "fresh" for
+          parameters that are drawn at random;
+  part    which parameters of the model it gives: a regular expression, as in
+          TRAINABLE, that stands for all below what it matches as well;
+  map     how the source's paths become the model's: None where they are the
+          same, or a list of (regular expression, replacement). The first
+          expression that matches a whole path counts; a path that none matches
+          keeps its name; a replacement of None leaves the parameter out.
+
+Every parameter of the model must be given by exactly one entry, and every
+parameter of a source must be used, left out by its map, or lie outside the part
+that was asked for. Anything else stops the run before an array is read.
+"""
+
+import dataclasses
+import functools
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from codet5p_jax.errors import UserError
+from codet5p_jax.models.computation import Computation
+from codet5p_jax.planning.parameters import parameter_shapes
+
+if TYPE_CHECKING:
+  from codet5p_jax.conversion.sources import WeightSource
+
+_logger = logging.getLogger(__name__)
+
+FRESH = 'fresh'
+# Paths listed of each kind of fault.
+_NAMED = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+  """Where a parameter comes from.
+
+  Attributes:
+    source: the weights that hold it.
+    path: its path there.
+  """
+
+  source: 'WeightSource'
+  path: str
+
+  def read(self) -> np.ndarray:
+    """The array, read now, with its dtype on disk."""
+    return self.source.read(self.path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Initialisation:
+  """Where each parameter of a model comes from.
+
+  Attributes:
+    shapes: logical shape of every parameter, by its path in a checkpoint (one
+      array per layer).
+    origins: of the parameters that are given; the others are drawn.
+  """
+
+  shapes: Mapping[str, tuple[int, ...]]
+  origins: Mapping[str, Origin]
+
+  def sources(self) -> list['WeightSource']:
+    """The weights that something comes from, each once."""
+    sources = [origin.source for origin in self.origins.values()]
+    return list({source.name: source for source in sources}.values())
+
+  def require_digests(
+      self, expected: Mapping[str, str], found: Mapping[str, str]
+  ) -> None:
+    """Compares what was read with what a run was trained with.
+
+    Args:
+      expected: {path: `digest_array`}, from the run's folder.
+      found: of what its sources hold now.
+
+    Raises:
+      UserError: they differ.
+    """
+    for path, digest in expected.items():
+      if found.get(path) != digest:
+        name = self.origins[path].source.name if path in self.origins else None
+        raise UserError(
+            f'expected in {name} the weights that the run was trained with, '
+            f'found others at {path}; put them back, or set INIT_FROM to where '
+            f'they lie now'
+        )
+
+
+def plan_initialisation(
+    init_from: Sequence[Sequence[Any]],
+    model: Any,
+    open_source: Callable[[str], 'WeightSource'],
+) -> Initialisation:
+  """Finds a source for every parameter of a model; reads no array.
+
+  Args:
+    init_from: see above; empty for a model that is drawn as a whole.
+    model: configuration of the network.
+    open_source: of conversion/sources.py.
+
+  Raises:
+    UserError: a source cannot be used, or a parameter is unaccounted for; one
+      line with everything that is missing, unexpected or misshapen.
+  """
+  shapes = _logical_shapes(model)
+  if not init_from:
+    return Initialisation(shapes, {})
+  opened = functools.cache(open_source)
+  owners: dict[str, str] = {}
+  origins: dict[str, Origin] = {}
+  for number, entry in enumerate(init_from):
+    source_name, part, mapping = _entry(entry, number)
+    targets = _select(part, shapes)
+    for path in targets:
+      if path in owners:
+        raise UserError(
+            f'expected one source for each parameter, found that INIT_FROM '
+            f'gives {path} from {owners[path]} and from {source_name}; mend '
+            f'the parts'
+        )
+      owners[path] = source_name
+    if source_name != FRESH:
+      origins |= _matched(opened(source_name), part, targets, mapping, shapes)
+  if unclaimed := [path for path in shapes if path not in owners]:
+    raise UserError(
+        f'expected INIT_FROM to account for every parameter of the model, '
+        f'found nothing for {listed(unclaimed)}; add a source, or '
+        f"('{FRESH}', PART, None) to have them drawn"
+    )
+  return Initialisation(shapes, origins)
+
+
+def _logical_shapes(model: Any) -> dict[str, tuple[int, ...]]:
+  """Shapes by path, one array per layer, without the rows of padding."""
+  return parameter_shapes(model.make_model(Computation(scan_layers=False)))
+
+
+def _entry(entry: Any, number: int) -> tuple[str, str, Sequence | None]:
+  """Checks the form of one entry of INIT_FROM."""
+  good = (
+      isinstance(entry, Sequence)
+      and len(entry) == 3
+      and all(isinstance(x, str) for x in entry[:2])
+      and (
+          entry[2] is None
+          or all(
+              isinstance(pair, Sequence)
+              and len(pair) == 2
+              and isinstance(pair[0], str)
+              and isinstance(pair[1], str | None)
+              for pair in entry[2]
+          )
+      )
+  )
+  if not good:
+    raise UserError(
+        f'expected entries (source, part, map) in INIT_FROM, with a map of '
+        f'None or of pairs (expression, replacement), found {entry!r} at place '
+        f"{number}; write for instance ('/data/codet5p-220m', '.*', None)"
+    )
+  return entry[0], entry[1], entry[2]
+
+
+def _select(part: str, paths: Mapping[str, Any]) -> list[str]:
+  pattern = _compiled(f'(?:{part})(?:/.*)?')
+  selected = [path for path in paths if pattern.fullmatch(path)]
+  if not selected:
+    raise UserError(
+        f'expected each part in INIT_FROM to name parameters of the model, '
+        f'found that {part!r} names none; a path looks like {min(paths)!r}'
+    )
+  return selected
+
+
+def _compiled(expression: str) -> re.Pattern:
+  try:
+    return re.compile(expression)
+  except re.error as error:
+    raise UserError(
+        f'expected a regular expression in INIT_FROM, found {expression!r}: '
+        f'{error}; mend it'
+    ) from error
+
+
+def _renamed(path: str, mapping: Sequence | None) -> str | None:
+  for expression, replacement in mapping or ():
+    if found := _compiled(expression).fullmatch(path):
+      return None if replacement is None else found.expand(replacement)
+  return path
+
+
+def _matched(
+    source: 'WeightSource',
+    part: str,
+    targets: Sequence[str],
+    mapping: Sequence | None,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, Origin]:
+  """Origins of the targets in one source, all of them or an error."""
+  wanted = set(targets)
+  origins: dict[str, Origin] = {}
+  unexpected, twice, misshapen, left_out = [], [], [], 0
+  for path, leaf in source.shapes.items():
+    name = _renamed(path, mapping)
+    if name is None or name in shapes and name not in wanted:
+      left_out += 1
+    elif name not in wanted:
+      unexpected.append(path if name == path else f'{path} as {name}')
+    elif name in origins:
+      twice.append(f'{name} from {origins[name].path} and {path}')
+    else:
+      if not _fits(tuple(leaf.shape), shapes[name], name):
+        misshapen.append(
+            f'{name}: expected {list(shapes[name])}, found {list(leaf.shape)}'
+        )
+      origins[name] = Origin(source, path)
+  missing = [path for path in targets if path not in origins]
+  faults = [
+      f'{len(paths)} {kind} ({listed(paths)})'
+      for kind, paths in (
+          ('missing', missing),
+          ('unexpected', unexpected),
+          ('given twice', twice),
+          ('misshapen', misshapen),
+      )
+      if paths
+  ]
+  if faults:
+    raise UserError(
+        f'expected {source.name} to give the parameters {part!r} of the model, '
+        f'found {"; ".join(faults)}; mend the map in INIT_FROM, or give '
+        f'another source'
+    )
+  _logger.info(
+      '%s: %d parameters for %s, %d left out.',
+      source.name, len(origins), part, left_out,
+  )  # fmt: skip
+  return origins
+
+
+def _fits(
+    found: tuple[int, ...], expected: tuple[int, ...], path: str
+) -> bool:
+  """Whether a source's shape serves: a table may have fewer tokens."""
+  if found == expected:
+    return True
+  # Task tokens are added at the end of a vocabulary: stage 2 has three more.
+  is_table = path.endswith('/embedding') and 'position_bias' not in path
+  return (
+      is_table
+      and found[1:] == expected[1:]
+      and 0 < expected[0] - found[0] < 128
+  )
+
+
+def listed(paths: Sequence[str]) -> str:
+  more = ', ...' if len(paths) > _NAMED else ''
+  return ', '.join(paths[:_NAMED]) + more

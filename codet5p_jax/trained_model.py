@@ -1,0 +1,176 @@
+"""The folder of a run, or of a converted model, back to a model to use."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from codet5p_jax.array_typing import Tree
+from codet5p_jax.conversion.init_from import (
+    Initialisation,
+    plan_initialisation,
+)
+from codet5p_jax.conversion.sources import open_source
+from codet5p_jax.data.vocabularies import Vocabulary, load_vocabulary
+from codet5p_jax.errors import UserError
+from codet5p_jax.initialisation import load_given
+from codet5p_jax.models.computation import Computation
+from codet5p_jax.sharding import make_mesh
+from codet5p_jax.storage import local_path
+from codet5p_jax.training.checkpoints.fingerprint import join_digests
+from codet5p_jax.training.checkpoints.layout import nest
+from codet5p_jax.training.checkpoints.weights import load_weights
+from codet5p_jax.training.optimizers import SGD
+from codet5p_jax.training.partition import merge_params, partition_params
+from codet5p_jax.training.run_folder import RunFolder, read_config, rebuild
+from codet5p_jax.training.train_step import (
+    StepConfig,
+    TrainStep,
+    make_train_step,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+  """What a run made.
+
+  Attributes:
+    folder: of the run.
+    config: config.json, rebuilt.
+    train_step: the run's step, on this machine's mesh.
+    vocabulary: the run's own.
+    params: the trainable parameters.
+    frozen_params: the others.
+    step: updates the weights have seen.
+  """
+
+  folder: RunFolder
+  config: dict[str, Any]
+  train_step: TrainStep
+  vocabulary: Vocabulary
+  params: Tree
+  frozen_params: Tree
+  step: int
+
+  @property
+  def all_params(self) -> Tree:
+    return merge_params(self.params, self.frozen_params)
+
+
+def load_trained_model(
+    run_dir: str,
+    mesh_shape: Sequence[int] = (1, -1, 1),
+    batch_size: int | None = None,
+    dtype: str | None = None,
+    init_from: Sequence[Any] | None = None,
+) -> TrainedModel:
+  """Reads a run folder: its weights, else those of its newest checkpoint.
+
+  Args:
+    run_dir: the run's folder, or one that `convert` made.
+    mesh_shape: on which the weights are spread.
+    batch_size: of evaluations; by default the run's micro-batch.
+    dtype: of the computation; by default the run's, and float32 for a
+      converted model.
+    init_from: where the weights lie that the run started from and left frozen,
+      if they were moved; see conversion/init_from.py.
+
+  Raises:
+    UserError: the folder is none of a run, holds no weights, or is damaged; or
+      what is frozen is not what the run was trained with.
+  """
+  folder = RunFolder(local_path(run_dir))
+  config = rebuild(read_config(run_dir))
+  step_config = _step_config(config, tuple(mesh_shape), batch_size, dtype)
+  vocabulary = load_vocabulary(folder.vocabulary)
+  if vocabulary.fingerprint != config['vocabulary_fingerprint']:
+    raise UserError(
+        f'expected in {folder.vocabulary} the vocabulary that the run was '
+        f'trained with ({config["vocabulary_fingerprint"][:16]}), found '
+        f'another ({vocabulary.fingerprint[:16]}); put back its own'
+    )
+  train_step = make_train_step(step_config, make_mesh(mesh_shape))
+  initialisation = plan_initialisation(
+      config.get('init_from', ()) if init_from is None else init_from,
+      step_config.model,
+      open_source,
+  )
+  if not folder.model.exists():
+    params, frozen, step = _from_checkpoint(folder, train_step, initialisation)
+  elif initialisation.origins:
+    params, metadata = load_weights(
+        folder.model, train_step.abstract_state.params
+    )
+    frozen, digests = _load_frozen(train_step, initialisation)
+    initialisation.require_digests(metadata['frozen_digests'], digests)
+    step = metadata['step']
+  else:
+    state = train_step.abstract_state
+    everything, metadata = load_weights(
+        folder.model, merge_params(state.params, state.frozen_params)
+    )
+    params, frozen = partition_params(everything, step_config.trainable)
+    step = metadata['step']
+  return TrainedModel(
+      folder, config, train_step, vocabulary, params, frozen, step
+  )
+
+
+def _step_config(
+    config: Mapping[str, Any],
+    mesh_shape: tuple[int, ...],
+    batch_size: int | None,
+    dtype: str | None,
+) -> StepConfig:
+  fields = {field.name for field in dataclasses.fields(StepConfig)}
+  values = {name: x for name, x in config.items() if name in fields}
+  if 'objectives' not in values:  # A converted model was trained elsewhere.
+    values |= {
+        'objectives': (),
+        'optimizer': SGD(0.0),
+        'batch_size': 1,
+        'computation': Computation(dtype='float32'),
+    }
+  step_config = StepConfig(**values)
+  computation = step_config.computation
+  if dtype is not None:
+    computation = dataclasses.replace(computation, dtype=dtype)
+  return dataclasses.replace(
+      step_config,
+      batch_size=batch_size or step_config.microbatch_size,
+      num_microbatches=1,
+      mesh_shape=mesh_shape,
+      computation=computation,
+  )
+
+
+def _load_frozen(
+    train_step: TrainStep, initialisation: Initialisation
+) -> tuple[Tree, dict[str, str]]:
+  given, digests = load_given(
+      initialisation,
+      train_step.abstract_state.frozen_params,
+      train_step.axis_names,
+  )
+  return nest(given), digests
+
+
+def _from_checkpoint(
+    folder: RunFolder, train_step: TrainStep, initialisation: Initialisation
+) -> tuple[Tree, Tree, int]:
+  from codet5p_jax.training.checkpoints.save import Checkpoints
+
+  target, fingerprint = train_step.abstract_state, None
+  if jax.tree.leaves(target.frozen_params):
+    if not initialisation.origins:
+      raise UserError(
+          f'expected the weights of a finished run in {folder.model}, found '
+          f'none, and checkpoints hold no frozen parameters; let the run finish'
+      )
+    frozen, digests = _load_frozen(train_step, initialisation)
+    fingerprint = join_digests(digests.items())
+    target = dataclasses.replace(target, frozen_params=frozen)
+  with Checkpoints(folder.checkpoints) as saved:
+    state, _, _ = saved.restore(None, target, frozen_fingerprint=fingerprint)
+  return state.params, state.frozen_params, int(state.step)
