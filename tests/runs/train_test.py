@@ -200,7 +200,7 @@ def test_another_model_in_the_same_folder_is_refused(
 
 
 class ForReleasedVocabularies(T5Config):
-  vocabulary_kinds = ('codet5', 'codegen')
+  vocabulary_kinds = ('codet5', 'codet5_bimodal')
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ class ForReleasedVocabularies(T5Config):
         (
             ForReleasedVocabularies,
             {},
-            'kind codet5 or codegen, .* found sentencepiece',
+            'kind codet5 or codet5_bimodal, .* found sentencepiece',
         ),
     ],
 )
