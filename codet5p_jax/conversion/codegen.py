@@ -137,8 +137,10 @@ def _read_codegen(config: Mapping[str, Any]) -> CodeGenConfig:
       num_heads=heads,
       head_dim=embed // heads,
       rotary_dim=field(config, 'rotary_dim'),
-      mlp_dim=config.get('n_inner') or 4 * embed,
-      layer_norm_epsilon=config.get('layer_norm_epsilon', 1e-5),
+      mlp_dim=field(config, 'n_inner', default=4 * embed),
+      layer_norm_epsilon=field(
+          config, 'layer_norm_epsilon', float, default=1e-5
+      ),
   )
 
 

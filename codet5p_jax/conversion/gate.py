@@ -88,11 +88,18 @@ class _Sides:
     folder: see `compare_modules`.
     read_theirs: likewise.
     read_ours: likewise.
+    config: their config.json, complete.
   """
 
   folder: HuggingFaceFolder
   read_theirs: Read
   read_ours: Read
+
+  @functools.cached_property
+  def config(self) -> dict[str, Any]:
+    # What the file says stands: a field that was misread must be noticed.
+    folder = self.folder
+    return _complete(folder.config, folder.family.write_config(folder.model))
 
   def theirs(self, name: str) -> np.ndarray:
     """Returns one of their tensors in float32."""
@@ -118,6 +125,20 @@ class _Sides:
         for read, table in ((self.read_ours, path), (self.read_theirs, name))
     )
     return name, found, expected
+
+
+def _complete(
+    config: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns the fields of `defaults` as config.json has them, if it does."""
+  completed = {}
+  for name, default in defaults.items():
+    value = config.get(name)
+    if isinstance(default, Mapping):
+      completed[name] = _complete(value, default)
+    else:
+      completed[name] = default if value is None else value
+  return completed
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -164,7 +185,7 @@ def _source_is_token() -> np.ndarray:
 
 
 def _t5(sides: _Sides) -> Outputs:
-  config, model = sides.folder.config, sides.folder.model
+  config, model = sides.config, sides.folder.model
   yield from _t5_table(sides)
   source_mask = _source_is_token()[:, None, None, :]
   stacks = {
@@ -196,7 +217,7 @@ def _t5(sides: _Sides) -> Outputs:
         sides.theirs(f'{table}.weight'),
         far,
         is_encoder,
-        config.get('relative_attention_max_distance', 128),
+        config['relative_attention_max_distance'],
     )
     yield table, found, expected
 
@@ -241,8 +262,8 @@ def _t5_table(sides: _Sides) -> Outputs:
     kernel = jnp.asarray(sides.read_ours(path))
     head = OutputHead(kernel, model.emb_dim**-0.5, model.vocab_size)
     found = _logits(head, hidden)
-    config = sides.folder.config
-    yield 'lm_head', found, reference.t5_logits(sides.theirs, config, hidden)
+    expected = reference.t5_logits(sides.theirs, sides.config, hidden)
+    yield 'lm_head', found, expected
 
 
 def _linear(
@@ -257,7 +278,7 @@ def _linear(
 
 
 def _codegen(sides: _Sides) -> Outputs:
-  config, model = sides.folder.config, sides.folder.model
+  config, model = sides.config, sides.folder.model
   mask = reference.causal_mask(_LENGTH)
   yield from _codegen_stack(
       sides, config, model, 'transformer', 'decoder', mask
@@ -266,7 +287,7 @@ def _codegen(sides: _Sides) -> Outputs:
 
 
 def _composite(sides: _Sides) -> Outputs:
-  config, model = sides.folder.config, sides.folder.model
+  config, model = sides.config, sides.folder.model
   mask, cross_mask = reference.causal_mask(_LENGTH), _source_is_token()
   cross_mask = cross_mask[:, None, None, :]
   yield from _codegen_stack(

@@ -123,19 +123,21 @@ def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
   }
   return fields | {
       # Absent from files older than the field; 128 was built in.
-      'relative_attention_max_distance': config.get(
-          'relative_attention_max_distance', 128
+      'relative_attention_max_distance': field(
+          config, 'relative_attention_max_distance', default=128
       ),
       'layer_norm_epsilon': field(config, 'layer_norm_epsilon', float),
       'pad_id': field(config, 'pad_token_id'),
       'eos_id': field(config, 'eos_token_id'),
-      'decoder_start_id': config.get('decoder_start_token_id', 0),
+      'decoder_start_id': field(config, 'decoder_start_token_id', default=0),
   }
 
 
 def _read_decoder(config: Mapping[str, Any]) -> dict[str, Any]:
   # As transformers: as many as the encoder's unless said otherwise.
-  layers = config.get('num_decoder_layers') or config['num_layers']
+  layers = field(
+      config, 'num_decoder_layers', default=field(config, 'num_layers')
+  )
   return {'num_decoder_layers': layers}
 
 

@@ -101,20 +101,33 @@ class Family:
 
 
 def field(
-    config: Mapping[str, Any], name: str, kind: type | tuple[type, ...] = int
+    config: Mapping[str, Any],
+    name: str,
+    kind: type[int] | type[float] = int,
+    default: int | float | None = None,
 ) -> Any:
-  """Returns a field of config.json.
+  """Returns a number of config.json.
+
+  Args:
+    config: config.json, or a part of it.
+    name: of the field.
+    kind: of the number; a float may be written as an integer.
+    default: where the field is absent or null; None if it must be there.
 
   Raises:
     UserError: it is missing, or of another type.
   """
   value = config.get(name)
-  if not isinstance(value, kind) or isinstance(value, bool):
+  if value is None and default is not None:
+    return default
+  kinds = (int, float) if kind is float else int
+  if not isinstance(value, kinds) or isinstance(value, bool):
+    words = 'a number' if kind is float else 'an integer'
     raise UserError(
-        f'expected {name} in config.json to be a number, found '
-        f'{"none" if value is None else repr(value)}; complete the file'
+        f'expected {name} in config.json to be {words}, found '
+        f'{"none" if value is None else repr(value)}; correct the file'
     )
-  return value
+  return kind(value)
 
 
 def require_field(
@@ -151,7 +164,7 @@ def require_agreement(
     for key in name.split('.'):
       value = value.get(key) if isinstance(value, Mapping) else None
     if value is not None and size is not None and value != size:
-      faults.append(f'{name} is {value} but {size} by the tensors')
+      faults.append(f'{name} is {value!r} but {size} by the tensors')
   if faults:
     raise UserError(
         f'expected config.json to agree with the tensors, found that '

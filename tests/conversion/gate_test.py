@@ -105,6 +105,30 @@ def test_a_wrong_configuration_is_noticed(make_folder):
       gate.compare_modules(other, folder.read_theirs, folder.read)
 
 
+@pytest.mark.parametrize('absent', [False, True])
+@pytest.mark.parametrize(
+    ('model_type', 'field'),
+    [
+        ('codegen', 'layer_norm_epsilon'),
+        ('codet5p', 'layer_norm_epsilon'),
+        ('t5', 'relative_attention_max_distance'),
+    ],
+)
+def test_a_configuration_that_leaves_a_default_out_can_be_compared(
+    make_folder, model_type, field, absent
+):
+  theirs = make_folder(model_type)
+  parts = [theirs.config]
+  if model_type == 'codet5p':
+    parts = [theirs.config['encoder'], theirs.config['decoder']]
+  for part in parts:
+    part[field] = None
+    if absent:
+      del part[field]
+  folder = open_huggingface_folder(theirs.write())
+  compare(folder)
+
+
 def test_nan_does_not_pass(make_folder):
   folder = open_huggingface_folder(make_folder('codegen').write())
   path = 'decoder/layers_0/mlp/wo/bias'

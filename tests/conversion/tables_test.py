@@ -235,20 +235,81 @@ def test_names_of_layers_are_folded():
 
 
 def test_a_configuration_that_contradicts_the_tensors_is_told_field_by_field():
-  config = {'d_model': 768, 'd_ff': 3072, 'encoder': {'n_layer': 4}}
-  measured = {'d_model': 1024, 'd_ff': 3072, 'encoder.n_layer': 3, 'd_kv': 64}
+  config = {
+      'd_model': 768, 'd_ff': 3072, 'encoder': {'n_layer': 4}, 'embed_dim': '9'
+  }  # fmt: skip
+  measured = {
+      'd_model': 1024, 'd_ff': 3072, 'encoder.n_layer': 3, 'd_kv': 64,
+      'embed_dim': 9,
+  }  # fmt: skip
   with pytest.raises(UserError) as error:
     require_agreement(config, measured)
   assert 'd_model is 768 but 1024 by the tensors' in str(error.value)
   assert 'encoder.n_layer is 4 but 3 by the tensors' in str(error.value)
+  assert "embed_dim is '9' but 9 by the tensors" in str(error.value)
   assert 'd_ff' not in str(error.value) and 'd_kv' not in str(error.value)
   require_agreement(config, {'d_model': 768, 'unknown': None})
+
+
+@pytest.mark.parametrize('absent', [False, True])
+@pytest.mark.parametrize(
+    ('model_type', 'theirs', 'ours', 'default'),
+    [
+        ('t5', 'num_decoder_layers', 'num_decoder_layers', 2),
+        (
+            't5',
+            'relative_attention_max_distance',
+            'relative_attention_max_distance',
+            128,
+        ),
+        ('t5', 'decoder_start_token_id', 'decoder_start_id', 0),
+        ('codegen', 'n_inner', 'mlp_dim', 4 * 80),
+        ('codegen', 'layer_norm_epsilon', 'layer_norm_epsilon', 1e-5),
+    ],
+)
+def test_a_field_that_is_absent_or_null_has_its_default(
+    model_type, theirs, ours, default, absent
+):
+  family, model = FAMILIES[model_type], MODELS[model_type]
+  config = family.write_config(model) | {theirs: None}
+  if absent:
+    del config[theirs]
+  assert family.read_config(config) == dataclasses.replace(
+      model, **{ours: default}
+  )
+
+
+def test_an_epsilon_may_be_written_as_an_integer():
+  for model_type in ('t5', 'codegen'):
+    family, model = FAMILIES[model_type], MODELS[model_type]
+    config = family.write_config(model) | {'layer_norm_epsilon': 1}
+    epsilon = family.read_config(config).layer_norm_epsilon
+    assert isinstance(epsilon, float) and epsilon == 1
 
 
 @pytest.mark.parametrize(
     ('model_type', 'changes', 'match'),
     [
-        ('t5', {'d_model': None}, 'd_model in config.json to be a number'),
+        ('t5', {'d_model': None}, 'd_model in .* an integer, found none'),
+        ('t5', {'d_model': 7.5}, 'd_model in .* an integer, found 7.5'),
+        ('t5', {'d_model': True}, 'd_model in .* an integer, found True'),
+        ('t5', {'num_decoder_layers': '3'}, "_layers .* an integer, found '3'"),
+        (
+            't5',
+            {'relative_attention_max_distance': '128'},
+            "max_distance in config.json to be an integer, found '128'",
+        ),
+        (
+            't5',
+            {'decoder_start_token_id': 'a'},
+            "decoder_start_token_id .* an integer, found 'a'",
+        ),
+        ('codegen', {'n_inner': '53'}, "n_inner .* an integer, found '53'"),
+        (
+            'codegen',
+            {'layer_norm_epsilon': '1e-5'},
+            "layer_norm_epsilon in .* a number, found '1e-5'",
+        ),
         ('t5', {'feed_forward_proj': 'gated-gelu'}, "'relu'.*'gated-gelu'"),
         ('t5', {'tie_word_embeddings': False}, 'tie_word_embeddings.*False'),
         ('codegen', {'activation_function': 'relu'}, "'gelu_new'.*'relu'"),
@@ -261,8 +322,9 @@ def test_what_our_networks_do_not_compute_is_refused(
 ):
   family = FAMILIES[model_type]
   config = family.write_config(MODELS[model_type]) | changes
-  with pytest.raises(UserError, match=match):
+  with pytest.raises(UserError, match=match) as error:
     family.read_config(config)
+  assert '\n' not in str(error.value)
 
 
 def test_what_is_no_family_is_refused():
