@@ -35,7 +35,13 @@ from codet5p_jax.models.shallow_encoder_deep_decoder import (
 
 # Of the released models; no weight has this size, only the triangles of bytes.
 _NUM_POSITIONS = 2048
-_EOS = 50256
+# Where config.json names no token for one of these, as the released ones do.
+_END_OF_TEXT = 50256
+_IDS = {
+    'pad_id': 'pad_token_id',
+    'eos_id': 'eos_token_id',
+    'decoder_start_id': 'decoder_start_token_id',
+}
 
 _NORM = (
     Row('weight', 'scale', SAME),
@@ -120,7 +126,24 @@ def _composite_buffers(
   return {f'{name}.causal_mask': shape for name in names}
 
 
+def _read_ids(*places: Mapping[str, Any]) -> dict[str, int]:
+  """Returns our names of special tokens, each from the first that has it."""
+  found: dict[str, Any] = {}
+  for place in reversed(places):
+    found |= {name: x for name, x in place.items() if x is not None}
+  return {
+      ours: field(found, theirs, default=_END_OF_TEXT)
+      for ours, theirs in _IDS.items()
+  }
+
+
 def _read_codegen(config: Mapping[str, Any]) -> CodeGenConfig:
+  return _read_stack(config, _read_ids(config))
+
+
+def _read_stack(
+    config: Mapping[str, Any], ids: Mapping[str, int]
+) -> CodeGenConfig:
   require_field(config, 'activation_function', ['gelu_new'])
   require_field(config, 'tie_word_embeddings', [False])
   require_field(config, 'scale_attn_weights', [True])
@@ -141,6 +164,7 @@ def _read_codegen(config: Mapping[str, Any]) -> CodeGenConfig:
       layer_norm_epsilon=field(
           config, 'layer_norm_epsilon', float, default=1e-5
       ),
+      **ids,
   )
 
 
@@ -156,11 +180,13 @@ def _read_composite(
       )
     # What this class of transformers leaves out if it is so.
     fields = {'tie_word_embeddings': False} | config[stack]
-    stacks[stack] = _read_codegen(fields)
-  return ShallowEncoderDeepDecoderConfig(**stacks)
+    stacks[stack] = _read_stack(fields, {})
+  return ShallowEncoderDeepDecoderConfig(
+      **stacks, **_read_ids(config, config['decoder'])
+  )
 
 
-def _write_stack(config: CodeGenConfig) -> dict[str, Any]:
+def _write_stack(config: CodeGenConfig, eos_id: int) -> dict[str, Any]:
   return {
       'vocab_size': config.vocab_size,
       'n_positions': _NUM_POSITIONS,
@@ -180,24 +206,25 @@ def _write_stack(config: CodeGenConfig) -> dict[str, Any]:
       'use_cache': True,
       'tie_word_embeddings': False,
       'bos_token_id': 1,
-      'eos_token_id': _EOS,
+      'eos_token_id': eos_id,
   }
 
 
 def _write_codegen(config: CodeGenConfig) -> dict[str, Any]:
   return {
       'model_type': 'codegen',
-      **_write_stack(config),
+      **_write_stack(config, config.eos_id),
+      **_write_ids(config),
   }
 
 
 def _write_composite(
     config: ShallowEncoderDeepDecoderConfig,
 ) -> dict[str, Any]:
-  def stack(config: CodeGenConfig, is_decoder: bool) -> dict[str, Any]:
+  def stack(sizes: CodeGenConfig, is_decoder: bool) -> dict[str, Any]:
     return {
         'model_type': 'codet5p_module',
-        **_write_stack(config),
+        **_write_stack(sizes, config.eos_id),
         'is_decoder': is_decoder,
         'add_cross_attention': is_decoder,
     }
@@ -207,25 +234,20 @@ def _write_composite(
       'is_encoder_decoder': True,
       'encoder': stack(config.encoder, is_decoder=False),
       'decoder': stack(config.decoder, is_decoder=True),
-      **_composite_ids(config),
+      # The released files have none here, and then no labels can be shifted
+      # (spec 4.6).
+      **_write_ids(config),
   }
+
+
+def _write_ids(
+    config: CodeGenConfig | ShallowEncoderDeepDecoderConfig,
+) -> dict[str, int]:
+  return {theirs: getattr(config, ours) for ours, theirs in _IDS.items()}
 
 
 def _codegen_ids(config: CodeGenConfig) -> dict[str, int]:
-  return {
-      'bos_token_id': 1, 'eos_token_id': _EOS, 'pad_token_id': _EOS
-  }  # fmt: skip
-
-
-def _composite_ids(
-    config: ShallowEncoderDeepDecoderConfig,
-) -> dict[str, int]:
-  # The released files have none, and then nothing can be generated (spec 4.6).
-  return {
-      'pad_token_id': config.pad_id,
-      'eos_token_id': _EOS,
-      'decoder_start_token_id': config.decoder_start_id,
-  }
+  return {'bos_token_id': 1, **_write_ids(config)}
 
 
 def _measure_stack(
@@ -279,7 +301,7 @@ COMPOSITE = Family(
     read_config=_read_composite,
     write_config=_write_composite,
     measure=_measure_composite,
-    token_ids=_composite_ids,
+    token_ids=_write_ids,
     ignored=(
         r'(encoder|decoder\.transformer)\.h\.\d+\.(attn|crossattention)'
         r'\.causal_mask'

@@ -59,14 +59,16 @@ DECODER = dataclasses.replace(
     mlp_dim=53,
     layer_norm_epsilon=0.05,
 )
+# Within the vocabulary, as transformers asks for.
+IDS = {'pad_id': 11, 'eos_id': 12, 'decoder_start_id': 13}
 MODELS = {
     't5': T5Config(**T5_SIZES, num_decoder_layers=3),
     'codet5p_bimodal': BimodalConfig(
         **T5_SIZES, num_decoder_layers=3, projection_dim=17
     ),
     'codet5p_embedding': EmbeddingConfig(**T5_SIZES, projection_dim=17),
-    'codegen': DECODER,
-    'codet5p': ShallowEncoderDeepDecoderConfig(ENCODER, DECODER),
+    'codegen': dataclasses.replace(DECODER, **IDS),
+    'codet5p': ShallowEncoderDeepDecoderConfig(ENCODER, DECODER, **IDS),
 }
 
 

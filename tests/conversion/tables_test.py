@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import re
 
 import gin
@@ -128,10 +129,60 @@ def test_every_tensor_of_any_sizes_comes_back_bit_by_bit(kind, data, seed):
 @pytest.mark.parametrize('model_type', FAMILIES)
 def test_a_configuration_survives_both_directions(model_type):
   family, model = FAMILIES[model_type], MODELS[model_type]
-  config = family.write_config(model)
+  config = json.loads(json.dumps(family.write_config(model)))
   assert family_of(config['model_type'], 'here') is family
   assert family_of_config(model) is family
   assert family.read_config(config) == model
+
+
+@pytest.mark.parametrize('model_type', ['codegen', 'codet5p'])
+def test_special_tokens_that_a_configuration_lacks_are_the_end_of_a_text(
+    model_type,
+):
+  """Absent or null, as in the released files (spec 1.3)."""
+  family, model = FAMILIES[model_type], MODELS[model_type]
+  config = family.write_config(model)
+  for absent in (False, True):
+    for part in (config, config.get('encoder', {}), config.get('decoder', {})):
+      for name in ('pad', 'eos', 'decoder_start'):
+        part[f'{name}_token_id'] = None
+        if absent:
+          del part[f'{name}_token_id']
+    found = family.read_config(config)
+    assert (found.pad_id, found.eos_id, found.decoder_start_id) == (
+        50256, 50256, 50256
+    )  # fmt: skip
+
+
+def test_special_tokens_of_the_decoder_count_where_the_composite_names_none():
+  family, model = FAMILIES['codet5p'], MODELS['codet5p']
+  config = family.write_config(model) | {
+      'pad_token_id': None, 'eos_token_id': 21, 'decoder_start_token_id': None
+  }  # fmt: skip
+  config['decoder'] |= {
+      'pad_token_id': 31, 'eos_token_id': 32, 'decoder_start_token_id': 33
+  }  # fmt: skip
+  found = family.read_config(config)
+  assert found == dataclasses.replace(
+      model, pad_id=31, eos_id=21, decoder_start_id=33
+  )
+
+
+@pytest.mark.parametrize('model_type', FAMILIES)
+def test_special_tokens_are_written_wherever_they_are_looked_for(model_type):
+  family, model = FAMILIES[model_type], MODELS[model_type]
+  config = family.write_config(model)
+  ids = {
+      'pad_token_id': model.pad_id,
+      'eos_token_id': model.eos_id,
+      'decoder_start_token_id': model.decoder_start_id,
+  }
+  assert len({*ids.values(), 50256}) == 4
+  assert ids.items() <= config.items()
+  assert ids.items() <= family.token_ids(model).items()
+  for stack in ('encoder', 'decoder'):
+    found = config.get(stack, {'eos_token_id': model.eos_id})
+    assert found['eos_token_id'] == model.eos_id
 
 
 @pytest.mark.parametrize('name', RELEASED)

@@ -190,9 +190,13 @@ def test_transformers_loads_an_export_and_computes_our_logits(
 
   model, params, folder = export(tmp_path, random_parameters, model_type)
   theirs = load(transformers, automatic, folder)
+  ids = theirs.generation_config
+  assert (ids.pad_token_id, ids.eos_token_id, ids.decoder_start_token_id) == (
+      model.config.pad_id, model.config.eos_id, model.config.decoder_start_id
+  )  # fmt: skip
   numbers = np.random.default_rng(0)
   has_encoder = model_type != 'codegen'
-  source = numbers.integers(11, 131, (2, 7 if has_encoder else 1))
+  source = numbers.integers(14, 131, (2, 7 if has_encoder else 1))
   target = numbers.integers(0, 131, (2, 9))
 
   @jax.jit
