@@ -141,12 +141,17 @@ def _require_equal_aliases(family: Family, tensors: TensorFiles) -> None:
     present = [x for x in (name, *aliases) if x in tensors.shapes]
     for other in present[1:]:
       first, second = tensors.read(present[0]), tensors.read(other)
-      # By bits, and without a copy: NaN is told of elsewhere.
+      # By bits: NaN is told of elsewhere.
       if first.dtype != second.dtype or not np.array_equal(
-          first.view(np.uint8), second.view(np.uint8)
+          _as_bytes(first), _as_bytes(second)
       ):
         raise UserError(
             f'expected {present[0]} and {other} in {tensors.folder} to be the '
             f'same table, found different numbers; this family has one table '
             f'for both, so the model cannot be converted'
         )
+
+
+def _as_bytes(tensor: np.ndarray) -> np.ndarray:
+  # A copy only of what lies in another order, as views in a .bin may.
+  return np.ascontiguousarray(tensor).view(np.uint8)

@@ -82,6 +82,21 @@ def test_tables_that_are_not_tied_are_refused(make_folder):
     open_source(folder.write())
 
 
+@pytest.mark.parametrize('difference', [0, 1])
+def test_names_of_the_table_may_lie_in_any_order(make_folder, difference):
+  """As views do that PyTorch saved."""
+  folder = make_folder('t5')
+  table = folder.tensors['shared.weight']
+  folder.tensors['lm_head.weight'] = np.asfortranarray(table + difference)
+  path = folder.write('bin')
+  if difference:
+    with pytest.raises(UserError, match='shared.weight and lm_head.weight'):
+      open_source(path)
+  else:
+    read = open_source(path).read('token_embedder/embedding')
+    np.testing.assert_array_equal(read, table)
+
+
 def test_the_obsolete_bias_of_cross_attention_is_ignored(make_folder):
   folder = make_folder('t5')
   name = (
