@@ -187,6 +187,13 @@ def _read_composite(
 
 
 def _write_stack(config: CodeGenConfig, eos_id: int) -> dict[str, Any]:
+  if config.num_heads * config.head_dim != config.emb_dim:
+    raise UserError(
+        f'expected num_heads times head_dim to be emb_dim, as the layout of '
+        f'Hugging Face has it for CodeGen, found {config.num_heads}, '
+        f'{config.head_dim} and {config.emb_dim}; this model cannot be '
+        f'written in that layout'
+    )
   return {
       'vocab_size': config.vocab_size,
       'n_positions': _NUM_POSITIONS,

@@ -57,24 +57,26 @@ def convert_to_huggingface(
     The largest difference of a module's outputs.
 
   Raises:
-    UserError: the source is damaged, a weight does not fit the dtype, or the
-      target cannot be written. Nothing is left of it then.
+    UserError: the source is damaged, the layout has no words for its sizes, a
+      weight does not fit the dtype, or the target cannot be written. Nothing
+      is left of it then.
   """
   family = family_of_config(weights.model)
   vocabulary = weights.load_vocabulary()
   require_vocabulary(weights, vocabulary)
   if dtype is not None:
     weights = _cast(weights, jnp.dtype(dtype))
+  code = find_remote_code(family.model_type)
+  config = {
+      'architectures': [code.architecture],
+      # Refuses what the layout cannot say, before gigabytes are written.
+      **family.write_config(weights.model),
+      'torch_dtype': _common_dtype(weights),
+  }
+  if code.auto_map:
+    config['auto_map'] = code.auto_map
   with whole_or_nothing(target) as partial:
     digests = _write_shards(family, weights, partial, advance)
-    code = find_remote_code(family.model_type)
-    config = {
-        'architectures': [code.architecture],
-        **family.write_config(weights.model),
-        'torch_dtype': _common_dtype(weights),
-    }
-    if code.auto_map:
-      config['auto_map'] = code.auto_map
     _write_json(partial / 'config.json', config)
     _write_json(
         partial / 'generation_config.json', family.token_ids(weights.model)

@@ -137,6 +137,29 @@ def test_weights_too_large_for_float16_are_told(make_folder, tmp_path):
   assert sorted(os.listdir(tmp_path)) == ['ours', 'theirs']
 
 
+@pytest.mark.parametrize('model_type', ['codegen', 'codet5p'])
+def test_sizes_that_the_layout_cannot_say_are_refused_before_writing(
+    tmp_path, random_parameters, monkeypatch, model_type
+):
+  model = MODELS[model_type]
+  if model_type == 'codegen':
+    model = dataclasses.replace(model, head_dim=12)
+  else:
+    decoder = dataclasses.replace(model.decoder, head_dim=12)
+    model = dataclasses.replace(model, decoder=decoder)
+  params = random_parameters(model.make_model(Computation()))
+  write_run(tmp_path / 'run', model, params)
+
+  def write(*arguments):
+    pytest.fail('it was written first')
+
+  monkeypatch.setattr(to_huggingface, '_write_shards', write)
+  with pytest.raises(UserError, match='emb_dim.* 8, 12 and 80') as error:
+    convert(str(tmp_path / 'run'), str(tmp_path / 'theirs'))
+  assert '\n' not in str(error.value)
+  assert os.listdir(tmp_path) == ['run']
+
+
 @pytest.fixture(scope='module')
 def transformers(tmp_path_factory):
   """transformers, which keeps its copies of folders' code in a folder here."""
