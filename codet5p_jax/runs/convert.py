@@ -1,6 +1,7 @@
 """Released checkpoints in, and models of ours out."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -27,9 +28,9 @@ from codet5p_jax.storage import local_path
 _logger = logging.getLogger(__name__)
 
 # What belongs to a model; a repository may hold it in other formats as well.
-_DOWNLOADED = (
-    '*.json', '*.safetensors', 'pytorch_model*.bin', 'vocab.json', 'merges.txt'
-)  # fmt: skip
+_DOWNLOADED = ('*.json', 'merges.txt', '*.safetensors')
+# Where there are no safetensors: many repositories hold the weights twice.
+_DOWNLOADED_ELSE = ('pytorch_model*.bin',)
 
 
 def convert(
@@ -98,12 +99,17 @@ def _download(name: str) -> Path:
   """Returns the folder of a model of the hub, downloaded once."""
   import huggingface_hub
 
-  try:
+  def download(patterns: Sequence[str]) -> Path:
     return Path(
-        huggingface_hub.snapshot_download(
-            name, allow_patterns=list(_DOWNLOADED)
-        )
+        huggingface_hub.snapshot_download(name, allow_patterns=list(patterns))
     )
+
+  try:
+    # Not by a list of the repository: what was downloaded serves offline too.
+    folder = download(_DOWNLOADED)
+    if not any(folder.glob('model*.safetensors')):
+      folder = download(_DOWNLOADED_ELSE)
+    return folder
   except Exception as error:  # Many classes, of several libraries.
     words = ' '.join(str(error).split())
     raise UserError(

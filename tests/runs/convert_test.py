@@ -4,6 +4,7 @@ import functools
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,25 +53,35 @@ def test_a_source_that_is_none_is_told(tmp_path, capsys):
   assert os.listdir(tmp_path) == ['empty']
 
 
+@pytest.mark.parametrize(
+    ('form', 'weights'),
+    [('safetensors', 'model.safetensors'), ('bin', 'pytorch_model.bin')],
+)
 def test_a_name_of_the_hub_is_downloaded_when_asked(
-    make_folder, tmp_path, monkeypatch
+    make_folder, tmp_path, monkeypatch, form, weights
 ):
-  source = make_folder('codegen').write()
-  asked = []
+  hub, cache = make_folder('codegen', 'hub').write(form), tmp_path / 'cache'
+  # The same weights in other formats, which are left there.
+  (hub / 'tf_model.h5').touch()
+  (hub / 'pytorch_model.bin').touch()
 
   def download(name, allow_patterns):
-    asked.append(name)
     if name != 'some/model':
       raise ValueError('no\nsuch model')
-    return str(source)
+    # As that of the hub: what is there already stays there.
+    cache.mkdir(exist_ok=True)
+    for pattern in allow_patterns:
+      for path in hub.glob(pattern):
+        shutil.copy(path, cache)
+    return str(cache)
 
   monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
   convert('some/model', str(tmp_path / 'ours'), from_hub=True)
   assert open_source(tmp_path / 'ours').model == MODELS['codegen']
+  assert sorted(os.listdir(cache)) == ['config.json', weights]
   with pytest.raises(UserError, match='ValueError: no such model') as error:
     convert('other/model', str(tmp_path / 'other'), from_hub=True)
   assert '\n' not in str(error.value)
-  assert asked == ['some/model', 'other/model']
 
 
 def test_a_killed_conversion_leaves_nothing_that_looks_whole(
