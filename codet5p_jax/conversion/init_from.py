@@ -25,9 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from codet5p_jax.conversion.huggingface_folder import our_shapes
 from codet5p_jax.errors import UserError
-from codet5p_jax.models.computation import Computation
-from codet5p_jax.planning.parameters import parameter_shapes
 
 if TYPE_CHECKING:
   from codet5p_jax.conversion.sources import WeightSource
@@ -112,7 +111,7 @@ def plan_initialisation(
     UserError: a source cannot be used, or a parameter is unaccounted for; one
       line with everything that is missing, unexpected or misshapen.
   """
-  shapes = _logical_shapes(model)
+  shapes = {path: leaf.shape for path, leaf in our_shapes(model).items()}
   if not init_from:
     return Initialisation(shapes, {})
   opened = functools.cache(open_source)
@@ -138,11 +137,6 @@ def plan_initialisation(
         f"('{FRESH}', PART, None) to have them drawn"
     )
   return Initialisation(shapes, origins)
-
-
-def _logical_shapes(model: Any) -> dict[str, tuple[int, ...]]:
-  """Shapes by path, one array per layer, without the rows of padding."""
-  return parameter_shapes(model.make_model(Computation(scan_layers=False)))
 
 
 def _entry(entry: Any, number: int) -> tuple[str, str, Sequence | None]:

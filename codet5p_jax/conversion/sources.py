@@ -26,10 +26,7 @@ from codet5p_jax.conversion.tokenizer_files import (
 from codet5p_jax.data.vocabularies import Vocabulary, load_vocabulary
 from codet5p_jax.errors import UserError
 from codet5p_jax.storage import local_path
-from codet5p_jax.training.checkpoints.fingerprint import (
-    digest_array,
-    fingerprint_leaves,
-)
+from codet5p_jax.training.checkpoints.fingerprint import digest_array
 from codet5p_jax.training.checkpoints.weights import SavedWeights
 from codet5p_jax.training.run_folder import RunFolder, read_config, rebuild
 
@@ -78,15 +75,6 @@ class WeightSource:
           f'expected finite weights in {self.name}, found NaN or infinity in '
           f'{path}; give weights of a run that did not diverge'
       )
-
-  def fingerprint(self) -> str:
-    """Returns one number for all leaves; equal in both layouts.
-
-    As `fingerprint_tree`, over bytes as on disk, before any cast.
-    """
-    return fingerprint_leaves(
-        (path, self.read(path)) for path in self.shapes
-    )
 
 
 def open_source(folder: str | os.PathLike) -> WeightSource:

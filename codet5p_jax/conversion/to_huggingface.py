@@ -20,13 +20,10 @@ import numpy as np
 
 from codet5p_jax.conversion.families import family_of_config
 from codet5p_jax.conversion.gate import compare_modules
-from codet5p_jax.conversion.huggingface_folder import (
-    open_huggingface_folder,
-    our_shapes,
-)
+from codet5p_jax.conversion.huggingface_folder import open_huggingface_folder
 from codet5p_jax.conversion.remote_code import find_remote_code
 from codet5p_jax.conversion.sources import WeightSource
-from codet5p_jax.conversion.tables import Family, Row, their_shapes
+from codet5p_jax.conversion.tables import Family, Row
 from codet5p_jax.conversion.target_folder import whole_or_nothing
 from codet5p_jax.conversion.to_ours import (
     Advance,
@@ -86,7 +83,7 @@ def convert_to_huggingface(
     if vocabulary is not None:
       write_tokenizer(vocabulary, partial)
     written = open_huggingface_folder(partial)
-    worst, _ = compare_modules(
+    worst = compare_modules(
         written,
         reading_what_was_written(
             written.read_theirs, digests, target, advance
@@ -94,23 +91,6 @@ def convert_to_huggingface(
         weights.read,
     )
   return worst
-
-
-def tensor_bytes(family: Family, model: Any, itemsize: int) -> dict[str, int]:
-  """Returns the bytes of each tensor of an export, by name.
-
-  Args:
-    family: of the model.
-    model: our configuration; nothing is allocated.
-    itemsize: bytes of a weight.
-  """
-  shapes = their_shapes(family.rows(model), our_shapes(model))
-  weights = {
-      name: math.prod(shape) * itemsize for name, shape in shapes.items()
-  }
-  return weights | {
-      name: math.prod(shape) for name, shape in family.buffers(model).items()
-  }
 
 
 def _cast(weights: WeightSource, dtype: np.dtype) -> WeightSource:

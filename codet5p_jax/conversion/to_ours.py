@@ -69,7 +69,7 @@ def convert_to_ours(
         'source_fingerprint': join_digests(digests.items()),
     }
     write_json(folder.config, describe(config))
-    worst, _ = compare_modules(
+    worst = compare_modules(
         theirs,
         theirs.read_theirs,
         reading_what_was_written(

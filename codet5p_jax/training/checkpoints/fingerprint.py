@@ -30,17 +30,8 @@ def fingerprint_tree(tree: Tree) -> str:
   Raises:
     ValueError: a leaf has parts on the devices of other processes.
   """
-  return fingerprint_leaves(iterate_layers(tree))
-
-
-def fingerprint_leaves(leaves: Iterable[tuple[str, Any]]) -> str:
-  """As `fingerprint_tree`, of (path, array) one per layer, in any order.
-
-  Raises:
-    ValueError: as `fingerprint_tree`.
-  """
   return join_digests(
-      (path, digest_array(path, array)) for path, array in leaves
+      (path, digest_array(path, array)) for path, array in iterate_layers(tree)
   )
 
 
