@@ -148,7 +148,7 @@ def _read_stack(
   require_field(config, 'tie_word_embeddings', [False])
   require_field(config, 'scale_attn_weights', [True])
   embed, heads = field(config, 'n_embd'), field(config, 'n_head')
-  if embed % heads:
+  if heads < 1 or embed % heads:
     raise UserError(
         f'expected n_embd in config.json to be a multiple of n_head, found '
         f'{embed} and {heads}; correct the file'

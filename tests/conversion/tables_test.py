@@ -371,6 +371,7 @@ def test_an_epsilon_may_be_written_as_an_integer():
         ('t5', {'tie_word_embeddings': False}, 'tie_word_embeddings.*False'),
         ('codegen', {'activation_function': 'relu'}, "'gelu_new'.*'relu'"),
         ('codegen', {'n_head': 7}, 'a multiple of n_head, found 80 and 7'),
+        ('codegen', {'n_head': 0}, 'a multiple of n_head, found 80 and 0'),
         ('codet5p', {'encoder': None}, 'encoder in config.json to hold'),
     ],
 )
