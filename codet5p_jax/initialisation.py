@@ -4,6 +4,7 @@ conversion/init_from.py says which are which; here they are read, cast or
 quantised, and placed on the devices.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,37 +12,141 @@ import jax
 import numpy as np
 
 from codet5p_jax.array_typing import Tree
-from codet5p_jax.conversion.init_from import Initialisation, listed
+from codet5p_jax.conversion.init_from import (
+    Initialisation,
+    listed,
+    plan_initialisation,
+    with_all_tokens,
+)
+from codet5p_jax.conversion.sources import WeightSource, open_source
+from codet5p_jax.data.vocabularies import Vocabulary
 from codet5p_jax.errors import UserError
 from codet5p_jax.layers.quantization import store
-from codet5p_jax.training.checkpoints.fingerprint import digest_array
+from codet5p_jax.training.checkpoints.fingerprint import (
+    digest_array,
+    fingerprint_tree,
+    join_digests,
+)
 from codet5p_jax.training.checkpoints.layout import (
     flatten,
     nest,
     stack_leaves,
     unstack_leaves,
 )
+from codet5p_jax.training.checkpoints.save import Checkpoints
+from codet5p_jax.training.train_step import TrainState, TrainStep
 
 
-def check_frozen(initialisation: Initialisation, abstract_frozen: Tree) -> None:
-  """Checks that nothing is frozen in the state in which it was drawn.
+def frozen_paths(abstract_frozen: Tree) -> list[str]:
+  """Paths in a checkpoint of the parameters that a run leaves as they are."""
+  return _parameters(unstack_leaves(flatten(abstract_frozen)))
+
+
+def check_frozen(
+    initialisation: Initialisation,
+    abstract_frozen: Tree,
+    init_from: Sequence[Any],
+) -> None:
+  """Checks that frozen parameters are known to come from somewhere.
+
+  Training around a decoder that knows nothing is seldom meant, and what is
+  drawn has no other place than the run's own files: so it is all of what is
+  frozen, on demand, or nothing.
 
   Raises:
-    UserError: a frozen parameter has no source, although others have.
+    UserError: a frozen parameter has no source.
   """
-  if not initialisation.origins:
-    return
-  frozen = [
-      path
-      for path in _parameters(unstack_leaves(flatten(abstract_frozen)))
-      if path not in initialisation.origins
-  ]
-  if frozen:
+  frozen = frozen_paths(abstract_frozen)
+  drawn = [path for path in frozen if path not in initialisation.origins]
+  if drawn and not init_from:
+    raise UserError(
+        f'expected INIT_FROM to say where the {len(frozen)} frozen parameters '
+        f'come from, found nothing; add a gin file such as '
+        f"initial_weights/codegen.gin, or set INIT_FROM=[('fresh','.*',None)] "
+        f'to have them drawn'
+    )
+  if drawn and initialisation.origins:
     raise UserError(
         f'expected every frozen parameter to have a source, found that '
-        f'INIT_FROM lets {listed(frozen)} be drawn; give a source, or make '
+        f'INIT_FROM lets {listed(drawn)} be drawn; give a source, or make '
         f'them TRAINABLE'
     )
+
+
+def plan_first_state(
+    init_from: Sequence[Any],
+    train_step: TrainStep,
+    vocabulary: Vocabulary,
+    resumes: bool,
+) -> Initialisation:
+  """Plans where a run's weights come from, and checks it; reads no array.
+
+  Args:
+    init_from: see conversion/init_from.py.
+    train_step: of the run.
+    vocabulary: of the run.
+    resumes: there is a checkpoint: only what is frozen is read from sources.
+
+  Raises:
+    UserError: a source cannot be used, a parameter is unaccounted for, or the
+      vocabulary is not that of the source.
+  """
+  frozen = train_step.abstract_state.frozen_params
+  initialisation = plan_initialisation(
+      init_from,
+      train_step.config.model,
+      open_source,
+      needed=frozen_paths(frozen) if resumes else None,
+  )
+  check_frozen(initialisation, frozen, init_from)
+  for source in initialisation.sources():
+    _check_vocabulary(source, vocabulary)
+  return initialisation
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+  """What identifies the parameters that a run leaves as they are.
+
+  Attributes:
+    fingerprint: of all of them; None where there are none.
+    digests: of each, by path, where they are read from other weights.
+  """
+
+  fingerprint: str | None = None
+  digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def first_state(
+    initialisation: Initialisation, train_step: TrainStep, saved: Checkpoints
+) -> tuple[TrainState, Frozen]:
+  """The newest checkpoint's state, or a first one; and what is frozen.
+
+  Raises:
+    UserError: a source or the checkpoint is damaged, or the checkpoint was
+      trained beside other frozen parameters.
+  """
+  target, resumes = train_step.abstract_state, saved.latest_step() is not None
+  frozen = Frozen()
+  if initialisation.origins:
+    names = train_step.axis_names
+    given, digests = load_given(initialisation, target.frozen_params, names)
+    if digests:
+      frozen = Frozen(join_digests(digests.items()), digests)
+    if not resumes:
+      more, _ = load_given(initialisation, target.params, names)
+      return train_step.init({**given, **more}), frozen
+    target = dataclasses.replace(target, frozen_params=nest(given))
+  elif not resumes or jax.tree.leaves(target.frozen_params):
+    target = train_step.init({})
+    if jax.tree.leaves(target.frozen_params):
+      frozen = Frozen(fingerprint_tree(target.frozen_params))
+    if not resumes:
+      return target, frozen
+  state, _, _ = saved.restore(
+      None, target, frozen_fingerprint=frozen.fingerprint
+  )
+  return state, frozen
 
 
 def load_given(
@@ -87,7 +192,7 @@ def load_given(
       array = origin.read()
       digests[name] = digest_array(name, array)
       origin.source.require_finite(origin.path, array)
-      array = _with_all_tokens(array, initialisation.shapes[name])
+      array = with_all_tokens(array, initialisation.shapes[name])
       array = _with_padding(array, layers[name].shape)
       if layers[name].dtype == np.int8:
         # A layer's own axes are the last of its stack's.
@@ -103,14 +208,13 @@ def load_given(
 
 
 def parts_table(
-    initialisation: Initialisation, params: Tree, frozen_params: Tree
+    initialisation: Initialisation, state: TrainState
 ) -> list[dict[str, Any]]:
   """What a model is made of, one row per part, origin and treatment.
 
   Args:
     initialisation: of the model.
-    params: the trainable parameters, arrays or their shapes.
-    frozen_params: the others, likewise.
+    state: its arrays or their shapes.
 
   Returns:
     Rows with `part` (the longest path that the parameters share), `parameters`
@@ -118,7 +222,9 @@ def parts_table(
     and `source`.
   """
   rows: dict[tuple, dict[str, Any]] = {}
-  for is_trainable, tree in ((True, params), (False, frozen_params)):
+  for is_trainable, tree in (
+      (True, state.params), (False, state.frozen_params)
+  ):
     leaves = unstack_leaves(flatten(tree))
     for path in leaves:
       name = path.removesuffix('_scale')
@@ -181,22 +287,6 @@ def _stacks(targets: Mapping[str, Any]) -> list[list[str]]:
   ]
 
 
-def _with_all_tokens(
-    array: np.ndarray, shape: tuple[int, ...]
-) -> np.ndarray:
-  """Draws the rows of the tokens that a source's table does not have.
-
-  Rows of zeros would not do: a norm multiplies their gradients by a thousand.
-  """
-  missing = shape[0] - array.shape[0] if shape else 0
-  if not missing:
-    return array
-  rows = np.random.default_rng(0).normal(
-      0.0, array.std(dtype=np.float32), (missing, *shape[1:])
-  )
-  return np.concatenate([array, rows.astype(array.dtype)])
-
-
 def _with_padding(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
   padding = shape[0] - array.shape[0] if shape else 0
   if not padding:
@@ -210,6 +300,21 @@ def _place(array: np.ndarray, target: jax.ShapeDtypeStruct) -> jax.Array:
   # Every process has the whole array and hands out the parts it needs.
   return jax.make_array_from_callback(
       array.shape, target.sharding, lambda index: array[index]
+  )
+
+
+def _check_vocabulary(source: WeightSource, vocabulary: Vocabulary) -> None:
+  """Embeddings of one vocabulary mean nothing in another."""
+  theirs = source.load_vocabulary()
+  if theirs is None or theirs.fingerprint == vocabulary.fingerprint:
+    return
+  if (theirs.kind, vocabulary.kind) == ('codet5', 'codet5_bimodal'):
+    if theirs.files == vocabulary.files:
+      return  # The same, and three task tokens more.
+  raise UserError(
+      f'expected the vocabulary of {source.name}, from which the model starts, '
+      f'found another ({vocabulary.kind}, {vocabulary.fingerprint[:16]}); set '
+      f'VOCABULARY_DIR to the one of that model'
   )
 
 

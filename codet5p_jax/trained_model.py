@@ -7,20 +7,21 @@ from typing import Any
 import jax
 
 from codet5p_jax.array_typing import Tree
-from codet5p_jax.conversion.init_from import (
-    Initialisation,
-    plan_initialisation,
-)
+from codet5p_jax.conversion.init_from import FRESH, plan_initialisation
 from codet5p_jax.conversion.sources import open_source
 from codet5p_jax.data.vocabularies import Vocabulary, load_vocabulary
 from codet5p_jax.errors import UserError
-from codet5p_jax.initialisation import load_given
+from codet5p_jax.initialisation import frozen_paths, load_given
 from codet5p_jax.models.computation import Computation
 from codet5p_jax.sharding import make_mesh
 from codet5p_jax.storage import local_path
 from codet5p_jax.training.checkpoints.fingerprint import join_digests
-from codet5p_jax.training.checkpoints.layout import nest
-from codet5p_jax.training.checkpoints.weights import load_weights
+from codet5p_jax.training.checkpoints.layout import nest, stack_leaves
+from codet5p_jax.training.checkpoints.restore import (
+    abstract_leaves,
+    read_metadata,
+)
+from codet5p_jax.training.checkpoints.weights import SavedWeights
 from codet5p_jax.training.optimizers import SGD
 from codet5p_jax.training.partition import merge_params, partition_params
 from codet5p_jax.training.run_folder import RunFolder, read_config, rebuild
@@ -72,9 +73,10 @@ def load_trained_model(
     mesh_shape: on which the weights are spread.
     batch_size: of evaluations; by default the run's micro-batch.
     dtype: of the computation; by default the run's, and float32 for a
-      converted model.
+      converted model, whose weights are held in it as well.
     init_from: where the weights lie that the run started from and left frozen,
-      if they were moved; see conversion/init_from.py.
+      if they were moved; see conversion/init_from.py. Not looked at where
+      nothing is frozen.
 
   Raises:
     UserError: the folder is none of a run, holds no weights, or is damaged; or
@@ -91,27 +93,10 @@ def load_trained_model(
         f'another ({vocabulary.fingerprint[:16]}); put back its own'
     )
   train_step = make_train_step(step_config, make_mesh(mesh_shape))
-  initialisation = plan_initialisation(
-      config.get('init_from', ()) if init_from is None else init_from,
-      step_config.model,
-      open_source,
-  )
-  if not folder.model.exists():
-    params, frozen, step = _from_checkpoint(folder, train_step, initialisation)
-  elif initialisation.origins:
-    params, metadata = load_weights(
-        folder.model, train_step.abstract_state.params
-    )
-    frozen, digests = _load_frozen(train_step, initialisation)
-    initialisation.require_digests(metadata['frozen_digests'], digests)
-    step = metadata['step']
+  if folder.model.exists():
+    params, frozen, step = _from_weights(folder, train_step, init_from, config)
   else:
-    state = train_step.abstract_state
-    everything, metadata = load_weights(
-        folder.model, merge_params(state.params, state.frozen_params)
-    )
-    params, frozen = partition_params(everything, step_config.trainable)
-    step = metadata['step']
+    params, frozen, step = _from_checkpoint(folder, train_step, init_from)
   return TrainedModel(
       folder, config, train_step, vocabulary, params, frozen, step
   )
@@ -145,32 +130,83 @@ def _step_config(
   )
 
 
-def _load_frozen(
-    train_step: TrainStep, initialisation: Initialisation
-) -> tuple[Tree, dict[str, str]]:
-  given, digests = load_given(
-      initialisation,
-      train_step.abstract_state.frozen_params,
-      train_step.axis_names,
+def _from_weights(
+    folder: RunFolder,
+    train_step: TrainStep,
+    init_from: Sequence[Any] | None,
+    config: Mapping[str, Any],
+) -> tuple[Tree, Tree, int]:
+  saved, state = SavedWeights(folder.model), train_step.abstract_state
+  if digests := saved.metadata.get('frozen_digests'):
+    frozen, found = _load_frozen(
+        train_step,
+        saved.metadata['init_from'] if init_from is None else init_from,
+        digests,
+    )
+    params = stack_leaves(
+        saved.restore(abstract_leaves(state.params)), state.params
+    )
+    return params, frozen, saved.metadata['step']
+  everything = merge_params(state.params, state.frozen_params)
+  if 'objectives' not in config:
+    # To be used, not trained: half the memory where bfloat16 is asked for.
+    dtype = train_step.config.computation.dtype
+    everything = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding),
+        everything,
+    )
+  everything = stack_leaves(
+      saved.restore(abstract_leaves(everything)), everything
   )
+  params, frozen = partition_params(everything, train_step.config.trainable)
+  return params, frozen, saved.metadata['step']
+
+
+def _load_frozen(
+    train_step: TrainStep,
+    init_from: Sequence[Any],
+    expected: Mapping[str, str] | None = None,
+) -> tuple[Tree, dict[str, str]]:
+  """The frozen parameters of a run, and the digest of each.
+
+  Args:
+    train_step: of the run.
+    init_from: where they lie.
+    expected: their digests, if they are known.
+  """
+  abstract = train_step.abstract_state.frozen_params
+  needed = frozen_paths(abstract)
+  initialisation = plan_initialisation(
+      init_from, train_step.config.model, open_source, needed
+  )
+  initialisation.require_known(needed)
+  given, digests = load_given(
+      initialisation, abstract, train_step.axis_names
+  )
+  if expected is not None:
+    initialisation.require_digests(expected, digests)
   return nest(given), digests
 
 
 def _from_checkpoint(
-    folder: RunFolder, train_step: TrainStep, initialisation: Initialisation
+    folder: RunFolder, train_step: TrainStep, init_from: Sequence[Any] | None
 ) -> tuple[Tree, Tree, int]:
   from codet5p_jax.training.checkpoints.save import Checkpoints
 
   target, fingerprint = train_step.abstract_state, None
-  if jax.tree.leaves(target.frozen_params):
-    if not initialisation.origins:
-      raise UserError(
-          f'expected the weights of a finished run in {folder.model}, found '
-          f'none, and checkpoints hold no frozen parameters; let the run finish'
-      )
-    frozen, digests = _load_frozen(train_step, initialisation)
-    fingerprint = join_digests(digests.items())
-    target = dataclasses.replace(target, frozen_params=frozen)
   with Checkpoints(folder.checkpoints) as saved:
+    if jax.tree.leaves(target.frozen_params) and saved.steps():
+      if init_from is None:
+        metadata = read_metadata(saved.step_dir(saved.latest_step()))
+        init_from = metadata['init_from']
+      if not any(entry[0] != FRESH for entry in init_from):
+        raise UserError(
+            f'expected the weights of a finished run in {folder.model}, found '
+            f'none, and checkpoints hold no frozen parameters; let the run '
+            f'finish'
+        )
+      frozen, digests = _load_frozen(train_step, init_from)
+      fingerprint = join_digests(digests.items())
+      target = dataclasses.replace(target, frozen_params=frozen)
     state, _, _ = saved.restore(None, target, frozen_fingerprint=fingerprint)
   return state.params, state.frozen_params, int(state.step)

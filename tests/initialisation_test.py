@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from codet5p_jax.conversion.init_from import plan_initialisation
+from codet5p_jax.conversion.init_from import absolute, plan_initialisation
 from codet5p_jax.conversion.sources import WeightSource
 from codet5p_jax.errors import UserError
 from codet5p_jax.initialisation import (
@@ -166,6 +166,44 @@ def test_missing_unexpected_and_misshapen_come_in_one_line(sources):
   )
   both = (('decoder/layers_0/(.*)', r'decoder/layers_1/\1'),)
   refused('given twice', sources, ('one', '.*', both))
+  refused('invalid group', sources, ('one', '.*', (('(.*)', r'x/\2'),)))
+
+
+def test_sources_of_what_is_not_needed_are_not_opened(sources):
+  found = plan_initialisation(
+      [('one', 'encoder|token_embedder', None), ('nowhere', 'decoder', None)],
+      MODEL,
+      lambda name: random_source(name).opened() if name == 'one' else 1 / 0,
+      needed=['encoder/layers_0/mlp/wi/kernel'],
+  )
+  assert {origin.source.name for origin in found.origins.values()} == {'one'}
+
+
+def test_paths_are_stored_as_they_are_from_anywhere(monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  entries = [('one', '.*', (('a', None),)), ('fresh', 'b', None)]
+  assert absolute(entries) == [
+      [f'{tmp_path}/one', '.*', [['a', None]]],
+      ['fresh', 'b', None],
+  ]
+
+
+def test_the_layers_of_a_stack_come_together(sources):
+  found = plan(
+      sources,
+      ('one', '(?!decoder/layers_1/mlp).*', None),
+      ('fresh', 'decoder/layers_1/mlp', None),
+  )
+  step = step_for()
+  with pytest.raises(UserError, match='every layer of a stack, found none for'):
+    load_given(found, step.abstract_state.params, step.axis_names)
+  unrolled = step_for(
+      computation=Computation(dtype='float32', scan_layers=False)
+  )
+  given, _ = load_given(
+      found, unrolled.abstract_state.params, unrolled.axis_names
+  )
+  assert 'decoder/layers_1/mlp/wi/kernel' not in given
 
 
 def step_for(**changes):
@@ -185,7 +223,7 @@ def test_loaded_weights_are_the_sources_own(sources, scan_layers):
       computation=Computation(dtype='float32', scan_layers=scan_layers),
       frozen_dtype='bfloat16',
   )
-  check_frozen(found, step.abstract_state.frozen_params)
+  check_frozen(found, step.abstract_state.frozen_params, ['some'])
   params, _ = load_given(
       found, step.abstract_state.params, step.axis_names
   )
@@ -265,7 +303,7 @@ def test_a_frozen_parameter_that_is_drawn_is_refused(sources):
   )
   step = step_for(trainable=('encoder/.*',))
   with pytest.raises(UserError, match='lets decoder/.* be drawn; give a sour'):
-    check_frozen(found, step.abstract_state.frozen_params)
+    check_frozen(found, step.abstract_state.frozen_params, ['some'])
 
 
 def test_nan_in_a_source_is_refused(sources):
@@ -286,7 +324,7 @@ def test_the_table_of_parts_counts_everything_once(sources):
       trainable=('encoder/.*', '.*/cross_attention/.*'), frozen_dtype='int8'
   )
   state = step.abstract_state
-  rows = parts_table(found, state.params, state.frozen_params)
+  rows = parts_table(found, state)
   described = {
       (row['part'], row['trainable'], row['dtype'], row['source'])
       for row in rows

@@ -20,13 +20,14 @@ import dataclasses
 import functools
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from codet5p_jax.conversion.huggingface_folder import our_shapes
 from codet5p_jax.errors import UserError
+from codet5p_jax.storage import local_path
 
 if TYPE_CHECKING:
   from codet5p_jax.conversion.sources import WeightSource
@@ -85,20 +86,33 @@ class Initialisation:
     Raises:
       UserError: they differ.
     """
+    self.require_known(expected)
     for path, digest in expected.items():
       if found.get(path) != digest:
-        name = self.origins[path].source.name if path in self.origins else None
         raise UserError(
-            f'expected in {name} the weights that the run was trained with, '
-            f'found others at {path}; put them back, or set INIT_FROM to where '
-            f'they lie now'
+            f'expected in {self.origins[path].source.name} the weights that '
+            f'the run was trained with, found others at {path}; put them back, '
+            f'or set INIT_FROM to where they lie now'
         )
+
+  def require_known(self, paths: Collection[str]) -> None:
+    """Checks that parameters have a source.
+
+    Raises:
+      UserError: one has none.
+    """
+    if unknown := [path for path in paths if path not in self.origins]:
+      raise UserError(
+          f'expected INIT_FROM to give what the run left frozen, found no '
+          f'source for {listed(unknown)}; give the one it was trained with'
+      )
 
 
 def plan_initialisation(
     init_from: Sequence[Sequence[Any]],
     model: Any,
     open_source: Callable[[str], 'WeightSource'],
+    needed: Collection[str] | None = None,
 ) -> Initialisation:
   """Finds a source for every parameter of a model; reads no array.
 
@@ -106,6 +120,8 @@ def plan_initialisation(
     init_from: see above; empty for a model that is drawn as a whole.
     model: configuration of the network.
     open_source: of conversion/sources.py.
+    needed: paths of the parameters that will be read; sources of others are not
+      opened. None for all.
 
   Raises:
     UserError: a source cannot be used, or a parameter is unaccounted for; one
@@ -128,7 +144,8 @@ def plan_initialisation(
             f'the parts'
         )
       owners[path] = source_name
-    if source_name != FRESH:
+    is_needed = needed is None or any(path in needed for path in targets)
+    if source_name != FRESH and is_needed:
       origins |= _matched(opened(source_name), part, targets, mapping, shapes)
   if unclaimed := [path for path in shapes if path not in owners]:
     raise UserError(
@@ -137,6 +154,40 @@ def plan_initialisation(
         f"('{FRESH}', PART, None) to have them drawn"
     )
   return Initialisation(shapes, origins)
+
+
+def absolute(
+    init_from: Sequence[Sequence[Any]],
+) -> list[list[Any]]:
+  """The entries with sources that mean the same from any folder, as JSON."""
+  return [
+      [
+          source if source == FRESH else str(local_path(source)),
+          part,
+          mapping and [list(pair) for pair in mapping],
+      ]
+      for source, part, mapping in (
+          _entry(entry, number) for number, entry in enumerate(init_from)
+      )
+  ]
+
+
+def with_all_tokens(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """Draws the rows of the tokens that a source's table does not have.
+
+  Rows of zeros would not do: a norm multiplies their gradients by a thousand.
+
+  Args:
+    array: as `Origin.read` gives it.
+    shape: of the parameter.
+  """
+  missing = shape[0] - array.shape[0] if shape else 0
+  if not missing:
+    return array
+  rows = np.random.default_rng(0).normal(
+      0.0, array.std(dtype=np.float32), (missing, *shape[1:])
+  )
+  return np.concatenate([array, rows.astype(array.dtype)])
 
 
 def _entry(entry: Any, number: int) -> tuple[str, str, Sequence | None]:
@@ -189,7 +240,15 @@ def _compiled(expression: str) -> re.Pattern:
 def _renamed(path: str, mapping: Sequence | None) -> str | None:
   for expression, replacement in mapping or ():
     if found := _compiled(expression).fullmatch(path):
-      return None if replacement is None else found.expand(replacement)
+      if replacement is None:
+        return None
+      try:
+        return found.expand(replacement)
+      except (re.error, IndexError) as error:
+        raise UserError(
+            f'expected in INIT_FROM a replacement with groups of '
+            f'{expression!r}, found {replacement!r}: {error}; mend it'
+        ) from error
   return path
 
 

@@ -16,7 +16,10 @@ from codet5p_jax.conversion.huggingface_folder import (
     open_huggingface_folder,
     our_shapes,
 )
-from codet5p_jax.conversion.init_from import plan_initialisation
+from codet5p_jax.conversion.init_from import (
+    plan_initialisation,
+    with_all_tokens,
+)
 from codet5p_jax.conversion.tables import fold_names
 from codet5p_jax.conversion.tensor_files import has_tensors, read_json_object
 from codet5p_jax.conversion.tokenizer_files import (
@@ -77,18 +80,25 @@ class WeightSource:
       )
 
 
-def open_source(folder: str | os.PathLike) -> WeightSource:
+def open_source(
+    folder: str | os.PathLike, init_from: Sequence[Any] | None = None
+) -> WeightSource:
   """Opens a folder of Hugging Face, a run folder or a converted folder.
 
   Reads configuration and shapes, and compares them; ours and .bin files are
   also compared with their checksums.
+
+  Args:
+    folder: its path.
+    init_from: where the frozen weights of a run lie, if they were moved; see
+      init_from.py.
 
   Raises:
     UserError: the folder is none of these, is damaged, or contradicts itself.
   """
   path = local_path(folder)
   if is_ours(path):
-    return _open_ours(path)
+    return _open_ours(path, init_from)
   return from_huggingface(open_huggingface_folder(path))
 
 
@@ -128,7 +138,9 @@ def from_huggingface(folder: HuggingFaceFolder) -> WeightSource:
   )
 
 
-def _open_ours(path: Path) -> WeightSource:
+def _open_ours(
+    path: Path, init_from: Sequence[Any] | None
+) -> WeightSource:
   folder = RunFolder(path)
   config = rebuild(read_config(path))
   model = config.get('model')
@@ -144,7 +156,7 @@ def _open_ours(path: Path) -> WeightSource:
         f'none; let the run finish'
     )
   saved = SavedWeights(folder.model)
-  shapes, read = _with_frozen(saved, config.get('init_from', ()), model)
+  shapes, read = _with_frozen(saved, init_from, model)
   _require_leaves(saved, shapes, our_shapes(model))
   vocabulary = folder.vocabulary if folder.vocabulary.is_dir() else None
   return WeightSource(
@@ -158,17 +170,26 @@ def _open_ours(path: Path) -> WeightSource:
 
 
 def _with_frozen(
-    saved: SavedWeights, init_from: Sequence[Any], model: Any
+    saved: SavedWeights, init_from: Sequence[Any] | None, model: Any
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], Callable[[str], np.ndarray]]:
   """Shapes of a run's weights, and how to read them.
 
   What a run left frozen is not in its folder, but where it came from.
   """
   digests = saved.metadata.get('frozen_digests')
+  if any(path.endswith('/kernel_scale') for path in saved.shapes):
+    raise UserError(
+        f'expected weights in {saved.folder}, found frozen ones that were '
+        f'drawn and kept in int8; train again with FROZEN_DTYPE=float32'
+    )
   if not digests:
     return dict(saved.shapes), saved.read
-  initialisation = plan_initialisation(init_from, model, open_source)
-  initialisation.require_digests(digests, digests)
+  if init_from is None:
+    init_from = saved.metadata['init_from']
+  initialisation = plan_initialisation(
+      init_from, model, open_source, needed=digests
+  )
+  initialisation.require_known(digests)
   origins = {path: initialisation.origins[path] for path in digests}
 
   def read(path):
@@ -178,11 +199,12 @@ def _with_frozen(
     initialisation.require_digests(
         {path: digests[path]}, {path: digest_array(path, array)}
     )
-    return array
+    return with_all_tokens(array, initialisation.shapes[path])
 
   shapes = dict(saved.shapes)
   for path, origin in origins.items():
-    shapes[path] = origin.source.shapes[origin.path]
+    dtype = origin.source.shapes[origin.path].dtype
+    shapes[path] = jax.ShapeDtypeStruct(initialisation.shapes[path], dtype)
   return shapes, read
 
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -38,6 +39,7 @@ def convert(
     target: str,
     dtype: str | None = None,
     from_hub: bool = False,
+    init_from: Sequence[Any] | None = None,
 ) -> None:
   """Converts a model from Hugging Face's layout to ours, or from ours to it.
 
@@ -53,6 +55,8 @@ def convert(
     dtype: of the weights in Hugging Face's layout, float16, bfloat16 or
       float32; by default those of the source.
     from_hub: download the source, a name such as Salesforce/codet5p-220m.
+    init_from: of a run that left weights frozen: where those lie now, if they
+      were moved; see conversion/init_from.py.
 
   Raises:
     UserError: the source is none of these or is damaged, the target exists or
@@ -79,7 +83,7 @@ def convert(
     with _progress(weights) as bar:
       worst = convert_to_ours(theirs, destination, bar.update)
   else:
-    weights = open_source(folder)
+    weights = open_source(folder, init_from)
     with _progress(weights) as bar:
       worst = convert_to_huggingface(weights, destination, dtype, bar.update)
   _report(weights, destination, worst)

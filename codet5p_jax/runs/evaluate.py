@@ -8,7 +8,7 @@ from typing import Any
 from codet5p_jax.errors import UserError, require_positive
 from codet5p_jax.training.batches import evaluation_examples
 from codet5p_jax.training.evaluation import evaluate_objectives
-from codet5p_jax.training.run_folder import write_result
+from codet5p_jax.training.run_folder import read_config, write_result
 from codet5p_jax.trained_model import load_trained_model
 
 _logger = logging.getLogger(__name__)
@@ -44,14 +44,14 @@ def evaluate(
     UserError: the run folder or the data is not what it should be.
   """
   require_positive(batch_size=batch_size, batch_count=batch_count)
+  if 'objectives' not in read_config(run_dir):
+    raise UserError(
+        f'expected a run with objectives to evaluate, found a converted model '
+        f'in {run_dir}; start a run from it: see INIT_FROM in runs/step.gin'
+    )
   trained = load_trained_model(
       run_dir, mesh_shape, batch_size, init_from=init_from
   )
-  if not trained.train_step.config.objectives:
-    raise UserError(
-        f'expected a run with objectives to evaluate, found a converted model '
-        f'in {run_dir}; start a run from it, see INIT_FROM in runs/finetune.gin'
-    )
   data_dir = data_dir or trained.config['data_dir']
   objectives = trained.train_step.config.objectives
   values = evaluate_objectives(

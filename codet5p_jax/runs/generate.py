@@ -26,6 +26,12 @@ MODES = (
     'seq2seq_causal_lm',
     'infill',
 )
+# What each objective of pre-training teaches.
+_MODE_OF = {
+    'causal_lm': 'decoder_only',
+    'seq2seq_causal_lm': 'seq2seq_causal_lm',
+    'span_denoising': 'infill',
+}
 # In these the text follows the prompt.
 _CONTINUING_MODES = (
     'decoder_only', 'encoder_and_decoder', 'seq2seq_causal_lm'
@@ -35,7 +41,7 @@ _CONTINUING_MODES = (
 def generate(
     prompts: Sequence[str],
     run_dir: str,
-    mode: str = 'decoder_only',
+    mode: str | None = None,
     max_new_tokens: int = 64,
     mesh_shape: Sequence[int] = (1, -1, 1),
     dtype: str | None = None,
@@ -57,7 +63,9 @@ def generate(
       "encoder_and_decoder" gives it to both, as models with a frozen decoder
       need it;
       "infill" fills the gaps of a prompt, marked <extra_id_0>, <extra_id_1>
-      and so on. A model does well in the forms that it was trained on.
+      and so on. A model does well in the forms that it was trained on. By
+      default "encoder_and_decoder" for models that need it, else
+      "decoder_only".
     max_new_tokens: tokens to generate at most, those of all gaps together.
     mesh_shape: (replica, data, model).
     dtype: of the computation; see `load_trained_model`.
@@ -77,7 +85,7 @@ def generate(
         'expected a prompt, found none; write it after the command: codet5p '
         "generate 'def fibonacci(n):' ..."
     )
-  if mode not in MODES:
+  if mode is not None and mode not in MODES:
     raise UserError(
         f'expected a mode among {", ".join(MODES)}, found {mode!r}; set MODE'
     )
@@ -92,7 +100,7 @@ def generate(
   trained = load_trained_model(
       run_dir, mesh_shape, dtype=dtype, init_from=init_from
   )
-  _check_mode(mode, trained)
+  mode = _mode_for(trained, mode)
   texts = []
   for prompt in prompts:
     if mode == 'infill':
@@ -110,23 +118,36 @@ def generate(
   return texts
 
 
-def _check_mode(mode: str, trained: TrainedModel) -> None:
-  """Refuses to give a decoder what it was not trained on, or to have none."""
+def _mode_for(trained: TrainedModel, mode: str | None) -> str:
+  """The mode asked for, or the first of those that suit a model.
+
+  Raises:
+    UserError: the model was not trained to be used so, or has no decoder.
+  """
   model = trained.train_step.config.model
-  if 'decoder' not in model.head_counts():
+  stacks = model.head_counts()
+  if 'decoder' not in stacks:
     raise UserError(
         f'expected a model with a decoder, found {type(model).__name__}, which '
         f'has none; give the folder of another'
     )
-  wrong, right = 'encoder_and_decoder', 'encoder_decoder'
-  if model.prompt_to_decoder:
-    wrong, right = right, wrong
-  if mode == wrong:
+  if 'encoder' not in stacks:
+    fitting = ['decoder_only']
+  elif model.prompt_to_decoder:
+    # The encoder of a released one has never seen a task token.
+    trained_for = [o.name for o in trained.train_step.config.objectives]
+    fitting = ['encoder_and_decoder']
+    fitting += [m for name, m in _MODE_OF.items() if name in trained_for]
+  else:
+    fitting = [m for m in MODES if m != 'encoder_and_decoder']
+  if mode is None:
+    return fitting[0]
+  if mode not in fitting:
     raise UserError(
-        f'expected MODE={right} of {type(model).__name__}, whose decoder was '
-        f'trained {"with" if model.prompt_to_decoder else "without"} the '
-        f'prompt, found {mode}; set MODE={right}'
+        f'expected MODE={" or ".join(fitting)} for {type(model).__name__} as '
+        f'it was trained, found {mode}; set MODE={fitting[0]}'
     )
+  return mode
 
 
 def _continue(

@@ -3,25 +3,20 @@
 import collections
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 from flax.traverse_util import flatten_dict
 
-from codet5p_jax.conversion.init_from import (
-    Initialisation,
-    plan_initialisation,
-)
-from codet5p_jax.conversion.sources import open_source
+from codet5p_jax.conversion.init_from import absolute
 from codet5p_jax.corpus.provision import corpus_of
 from codet5p_jax.data.vocabularies import Vocabulary, load_vocabulary
 from codet5p_jax.errors import UserError, require_positive
 from codet5p_jax.initialisation import (
-    check_frozen,
+    first_state,
     format_parts,
-    load_given,
     parts_table,
+    plan_first_state,
 )
 from codet5p_jax.planning.chips import peak_flops_per_second
 from codet5p_jax.planning.flops import training_flops
@@ -31,17 +26,14 @@ from codet5p_jax.training.batches import (
     evaluation_examples,
     training_examples,
 )
-from codet5p_jax.training.checkpoints.fingerprint import (
-    fingerprint_tree,
-    join_digests,
-)
-from codet5p_jax.training.checkpoints.layout import nest
 from codet5p_jax.training.checkpoints.save import Checkpoints
 from codet5p_jax.training.checkpoints.weights import save_weights
 from codet5p_jax.training.evaluation import evaluate_objectives
 from codet5p_jax.training.logging import RunLog, check_finite, means
 from codet5p_jax.training.partition import merge_params
+from codet5p_jax.storage import local_path
 from codet5p_jax.training.run_folder import (
+    RunFolder,
     open_run_folder,
     trim_metrics,
     write_result,
@@ -117,11 +109,8 @@ def train(
     )
   vocabulary = load_vocabulary(vocabulary_dir or f'{data_dir}/vocabulary')
   _check_vocabulary(vocabulary, step_config)
-  initialisation = plan_initialisation(
-      init_from, step_config.model, open_source
-  )
-  check_frozen(initialisation, train_step.abstract_state.frozen_params)
-  _check_vocabularies(initialisation, vocabulary)
+  resumes = RunFolder(local_path(run_dir)).has_checkpoints()
+  initialisation = plan_first_state(init_from, train_step, vocabulary, resumes)
   objectives = step_config.objectives
   training = {
       o.name: training_examples(o, data_dir, vocabulary, step_config.seed)
@@ -131,35 +120,23 @@ def train(
       o.name: evaluation_examples(o, data_dir, 'validation', vocabulary)
       for o in objectives
   }
-  identity = {
-      **_identity(step_config, train_steps, vocabulary, data_dir),
-      'init_from': [list(entry) for entry in init_from],
-  }
+  identity = _identity(step_config, train_steps, vocabulary, data_dir)
   folder = open_run_folder(
       run_dir,
       identity,
-      # The fingerprint tells whether a source is the same, wherever it lies.
-      may_differ=(
-          'computation.remat_policy',
-          'computation.scan_layers',
-          'init_from',
-      ),
+      may_differ=('computation.remat_policy', 'computation.scan_layers'),
   )
   if not folder.vocabulary.exists():
     vocabulary.save(folder.vocabulary)
   if operative_config is not None:
     write_result(folder.path / 'operative_config.gin', operative_config())
 
-  parts = parts_table(
-      initialisation,
-      train_step.abstract_state.params,
-      train_step.abstract_state.frozen_params,
-  )
-  _logger.info('%s', format_parts(parts))
-  write_result(folder.path / 'parts.json', {'parts': parts})
-
   with Checkpoints(folder.checkpoints, max_to_keep=checkpoints_to_keep) as saved:
-    state, frozen = _first_state(train_step, saved, initialisation)
+    if not resumes:
+      parts = parts_table(initialisation, train_step.abstract_state)
+      _logger.info('%s', format_parts(parts))
+      write_result(folder.path / 'parts.json', {'parts': parts})
+    state, frozen = first_state(initialisation, train_step, saved)
     first = int(state.step)
     trim_metrics(folder.metrics, first)
     if first:
@@ -204,18 +181,25 @@ def train(
               ),
               checkpoint_every=checkpoint_every,
               saved=saved,
-              metadata={'frozen_fingerprint': frozen.fingerprint},
+              metadata={
+                  'frozen_fingerprint': frozen.fingerprint,
+                  'init_from': absolute(init_from),
+              },
           ),
       )
     finally:
       log.close()
   params = state.params
-  if not initialisation.origins:  # Frozen as it was drawn: nothing else has it.
+  if not frozen.digests:  # Frozen as it was drawn: nothing else has it.
     params = merge_params(params, state.frozen_params)
   save_weights(
       folder.model,
       params,
-      {'step': int(state.step), 'frozen_digests': frozen.digests},
+      {
+          'step': int(state.step),
+          'frozen_digests': frozen.digests,
+          'init_from': absolute(init_from),
+      },
       step_config.model.vocab_size,
   )
   _logger.info('Weights in %s.', folder.model)
@@ -283,47 +267,6 @@ def _loop(state: TrainState, loop: _Loop) -> TrainState:
   return state
 
 
-@dataclasses.dataclass(frozen=True)
-class _Frozen:
-  """What identifies the parameters that a run leaves as they are.
-
-  Attributes:
-    fingerprint: of all of them; None where there are none.
-    digests: of each, by path, where they are read from other weights.
-  """
-
-  fingerprint: str | None = None
-  digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-
-def _first_state(
-    train_step: TrainStep, saved: Checkpoints, initialisation: Initialisation
-) -> tuple[TrainState, _Frozen]:
-  """The newest checkpoint's state, or a first one; and what is frozen."""
-  abstract = train_step.abstract_state
-  resumes = saved.latest_step() is not None
-  frozen, target = _Frozen(), abstract
-  if initialisation.origins:
-    names = train_step.axis_names
-    given, digests = load_given(initialisation, abstract.frozen_params, names)
-    if digests:
-      frozen = _Frozen(join_digests(digests.items()), digests)
-      target = dataclasses.replace(abstract, frozen_params=nest(given))
-    if not resumes:
-      more, _ = load_given(initialisation, abstract.params, names)
-      return train_step.init({**given, **more}), frozen
-  elif not resumes or jax.tree.leaves(abstract.frozen_params):
-    target = train_step.init({})
-    if jax.tree.leaves(target.frozen_params):
-      frozen = _Frozen(fingerprint_tree(target.frozen_params))
-    if not resumes:
-      return target, frozen
-  state, _, _ = saved.restore(
-      None, target, frozen_fingerprint=frozen.fingerprint
-  )
-  return state, frozen
-
-
 def _check_vocabulary(vocabulary: Vocabulary, config: StepConfig) -> None:
   """Checks that a vocabulary's tokens are those that the model speaks."""
   model = config.model
@@ -345,24 +288,6 @@ def _check_vocabulary(vocabulary: Vocabulary, config: StepConfig) -> None:
         f'expected the tokens {model.pad_id} for padding and {model.eos_id} '
         f'for the end of a text, as the model has, found {tokens.pad} and '
         f'{tokens.eos} in the vocabulary; set pad_id and eos_id of the model'
-    )
-
-
-def _check_vocabularies(
-    initialisation: Initialisation, vocabulary: Vocabulary
-) -> None:
-  """Embeddings of one vocabulary mean nothing in another."""
-  for source in initialisation.sources():
-    theirs = source.load_vocabulary()
-    if theirs is None or theirs.fingerprint == vocabulary.fingerprint:
-      continue
-    if (theirs.kind, vocabulary.kind) == ('codet5', 'codet5_bimodal'):
-      continue  # The same, and three task tokens more.
-    raise UserError(
-        f'expected the vocabulary of {source.name}, from which the model '
-        f'starts, found another ({vocabulary.kind}, '
-        f'{vocabulary.fingerprint[:16]}); set VOCABULARY_DIR to the one in '
-        f'that folder'
     )
 
 

@@ -4,8 +4,9 @@
     vocabulary/       the tokenizer's files
     metrics.jsonl     one JSON object a line
     events/           for TensorBoard
+    parts.json        what the model is made of: trained or frozen, from where
     checkpoints/      one folder per step
-    model/            weights alone
+    model/            weights alone; without frozen ones that lie elsewhere
     evaluation/       <split>/metrics.json, by `evaluate`
     generation/       outputs.jsonl, by `generate`
     report.md         what happened, in words; its curves are in report/
@@ -70,6 +71,10 @@ class RunFolder:
   @property
   def model(self) -> Path:
     return self.path / 'model'
+
+  def has_checkpoints(self) -> bool:
+    """Whether a run that starts here goes on from a checkpoint."""
+    return any(path.name.isdecimal() for path in self.checkpoints.glob('*'))
 
 
 def open_run_folder(

@@ -12,6 +12,7 @@ import pytest
 
 from codet5p_jax import main
 from codet5p_jax.data.vocabularies import load_vocabulary
+from codet5p_jax.errors import UserError
 from codet5p_jax.models.codegen import CodeGenConfig
 from codet5p_jax.models.computation import Computation
 from codet5p_jax.trained_model import load_trained_model
@@ -200,40 +201,106 @@ def test_the_trained_model_is_read_with_its_frozen_part(
   assert codet5p('convert', exported, converted) == 0
 
 
-def test_a_resumed_run_refuses_another_frozen_source(
+def test_sources_may_move_and_not_change(
     arguments, finetuned, checkpoints, tmp_path, capsys
 ):
   run_dir = tmp_path / 'run'
   shutil.copytree(finetuned, run_dir)
-  encoder, decoder = checkpoints
+  _, decoder = checkpoints
   moved = tmp_path / 'moved'
   shutil.copytree(decoder, moved)
-  again = [*arguments, f'RUN_DIR={run_dir}', f'DECODER_FROM={moved}']
-  assert codet5p('train', *again) == 0  # Elsewhere, but the same.
+  elsewhere = [*arguments, f'RUN_DIR={run_dir}', f'DECODER_FROM={moved}']
+  assert codet5p('train', *elsewhere) == 0  # It goes on, and is complete.
 
   other = tmp_path / 'other'
   assert codet5p(
       'convert', checkpoints[0].parent / '2b', other, '--dtype=float32'
   ) == 0
   capsys.readouterr()
-  again = [*arguments, f'RUN_DIR={run_dir}', f'DECODER_FROM={other}']
-  assert codet5p('train', *again) == 2
+  changed = [*arguments, f'RUN_DIR={run_dir}', f'DECODER_FROM={other}']
+  assert codet5p('train', *changed) == 2
   line = capsys.readouterr().err.strip().splitlines()[-1]
   assert 'frozen parameters with fingerprint' in line
 
+  # Nothing but what is frozen is looked for: the encoder's source is not.
+  init_from = [
+      (str(moved), 'decoder/(?!last_layer/cross_attention/).*',
+       [('decoder/layers_2/(.*)', r'decoder/last_layer/\1')]),
+      ('/nowhere', 'encoder', None),
+      ('fresh', 'encoder_to_decoder|decoder/last_layer/cross_attention', None),
+  ]  # fmt: skip
+  here = load_trained_model(str(finetuned))
+  there = load_trained_model(str(run_dir), init_from=init_from)
+  jax.tree.map(
+      np.testing.assert_array_equal, there.frozen_params, here.frozen_params
+  )
+  init_from[0] = (str(other), *init_from[0][1:])
+  with pytest.raises(UserError, match='other, .* found others at decoder/'):
+    load_trained_model(str(run_dir), init_from=init_from)
+  exported = tmp_path / 'exported'
+  init_from[0] = (str(moved), *init_from[0][1:])
+  assert codet5p('convert', run_dir, exported, f'--init_from={init_from}') == 0
+
+  # Before its end a run is read from its newest checkpoint.
+  shutil.rmtree(run_dir / 'model')
+  unfinished = load_trained_model(str(run_dir))
+  jax.tree.map(
+      np.testing.assert_array_equal, unfinished.all_params, here.all_params
+  )
+
+
+def test_a_first_start_with_other_sources_leaves_no_trace(
+    arguments, finetuned, checkpoints, tmp_path, monkeypatch
+):
+  """What counts is what the weights were trained with, not the first try."""
+  run_dir = tmp_path / 'run'
+  monkeypatch.chdir(checkpoints[0].parent)
+  relative = [
+      *arguments, f'RUN_DIR={run_dir}', 'ENCODER_FROM=350m',
+      'DECODER_FROM=2b', 'TRAIN_STEPS=3',
+  ]  # fmt: skip
+  assert codet5p('train', *relative) == 0
+  shutil.rmtree(run_dir / 'checkpoints')
+  shutil.rmtree(run_dir / 'model')
+  again = [*relative, f'DECODER_FROM={checkpoints[1]}']
+  assert codet5p('train', *again) == 0
+  monkeypatch.chdir(tmp_path)
+  trained = load_trained_model(str(run_dir))
+  jax.tree.map(
+      np.testing.assert_array_equal,
+      trained.frozen_params,
+      load_trained_model(str(finetuned)).frozen_params,
+  )
+
+
+def test_a_decoder_that_knows_nothing_is_not_frozen_unasked(
+    arguments, tmp_path, capsys
+):
+  run_dir = tmp_path / 'run'
+  without = [a for a in arguments if 'initial_weights' not in a]
+  without = [a for a in without if '_FROM=' not in a and '_MAP=' not in a]
+  assert codet5p('train', *without, f'RUN_DIR={run_dir}') == 2
+  line = capsys.readouterr().err.strip()
+  assert 'expected INIT_FROM to say where the' in line
+  assert '\n' not in line and not run_dir.exists()
+
 
 def test_prompts_go_where_the_model_was_trained_to_find_them(
-    finetuned, checkpoints, tmp_path, capsys
+    finetuned, checkpoints, capsys
 ):
   arguments = ['--gin_file=runs/generate.gin', 'MAX_NEW_TOKENS=3']
   prompt = 'Sort a list.'
-  mode = 'MODE=encoder_and_decoder'
-  assert codet5p(
-      'generate', prompt, *arguments, f'RUN_DIR={finetuned}', mode
-  ) == 0
-  assert capsys.readouterr().out.startswith(prompt)
-  refused = 'MODE=encoder_decoder'
-  assert codet5p(
-      'generate', prompt, *arguments, f'RUN_DIR={finetuned}', refused
-  ) == 2
-  assert 'set MODE=encoder_and_decoder' in capsys.readouterr().err
+  for run_dir in (finetuned, checkpoints[0]):  # A composite, and CodeGen.
+    arguments.append(f'RUN_DIR={run_dir}')
+    assert codet5p('generate', prompt, *arguments) == 0
+    assert capsys.readouterr().out.startswith(prompt)
+    for mode in ('encoder_decoder', 'infill', 'seq2seq_causal_lm'):
+      text = 'a <extra_id_0>'
+      assert codet5p('generate', text, *arguments, f'MODE={mode}') == 2
+      assert 'as it was trained, found' in capsys.readouterr().err
+
+
+def test_a_converted_model_has_nothing_to_evaluate(checkpoints, capsys):
+  arguments = ['--gin_file=runs/evaluate.gin', f'RUN_DIR={checkpoints[0]}']
+  assert codet5p('evaluate', *arguments) == 2
+  assert 'found a converted model' in capsys.readouterr().err

@@ -64,6 +64,7 @@ def config(small_corpus):
 def run(config, run_dir, corpus, **changes):
   settings = {
       'train_steps': STEPS,
+      'init_from': [('fresh', '.*', None)],
       'log_every': 1,
       'evaluate_every': 3,
       'evaluation_batch_count': 1,
