@@ -58,6 +58,15 @@ RUNS = {
     'pretrain': ('objectives/causal_lm.gin', 'runs/pretrain.gin'),
     'finetune': ('runs/finetune.gin',),
 }
+# Encoders alone, and decoders alone, with what each lacks for them.
+REFUSED = {
+    ('models/embedding_110m.gin', 'pretrain'): 'with a decoder',
+    ('models/embedding_110m.gin', 'finetune'): 'with a decoder',
+    ('models/codegen_350m.gin', 'finetune'): 'with an encoder',
+    ('models/codegen_2b.gin', 'finetune'): 'with an encoder',
+    ('models/codegen_6b.gin', 'finetune'): 'with an encoder',
+    ('models/codegen_16b.gin', 'finetune'): 'with an encoder',
+}
 REQUIRED = re.compile(r'^([A-Z_]+) = %gin.REQUIRED$', re.M)
 
 
@@ -98,10 +107,14 @@ def test_every_file_is_understood_by_itself(name):
   assert header(name), 'a header says what the file is for'
 
 
-@pytest.mark.parametrize('run', RUNS)
 @pytest.mark.parametrize(
-    # The encoder alone has nothing to write with.
-    'model', [name for name in PARAMETERS if 'embedding' not in name]
+    ('model', 'run'),
+    [
+        (model, run)
+        for model in PARAMETERS
+        for run in RUNS
+        if (model, run) not in REFUSED
+    ],
 )
 def test_every_model_and_run_make_a_step(model, run):
   configuration.load([model, *RUNS[run]], run=precompile)
@@ -121,6 +134,14 @@ def test_every_model_and_run_make_a_step(model, run):
       'decoder_target_tokens': (target,),
       'decoder_loss_weights': (target,),
   }
+
+
+@pytest.mark.parametrize(('model', 'run'), REFUSED)
+def test_a_model_that_lacks_a_stack_is_refused_in_one_line(model, run, capsys):
+  files = [f'--gin_file={name}' for name in (model, *RUNS[run])]
+  assert main.main(['precompile', 'TOPOLOGY=v5e:1x1', *files]) == 2
+  [line] = capsys.readouterr().err.splitlines()
+  assert f'expected a model {REFUSED[model, run]} to' in line
 
 
 @pytest.mark.parametrize('model', PARAMETERS)

@@ -126,8 +126,10 @@ class SequenceToSequence(teacher_forcing.TeacherForced):
     """Checks that source and target reach the model as it was trained.
 
     Raises:
-      UserError: prompts reach the decoder of one and not of the other.
+      UserError: prompts reach the decoder of one and not of the other, or the
+        model lacks a stack.
     """
+    super().check_model(model)
     if self.prompt_to_decoder != model.prompt_to_decoder:
       raise UserError(
           f'expected prompt_to_decoder {model.prompt_to_decoder}, as the model '

@@ -199,8 +199,10 @@ class SpanDenoising(teacher_forcing.TeacherForced):
     """Warns of sentinels that a frozen decoder neither knows nor can learn.
 
     Raises:
-      UserError: they are not asked for by `untrained_sentinels`.
+      UserError: they are not asked for by `untrained_sentinels`, or the model
+        lacks a stack.
     """
+    super().check_model(model)
     if 'codegen' not in model.vocabulary_kinds:
       return
     if not self.untrained_sentinels:

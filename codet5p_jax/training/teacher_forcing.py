@@ -165,7 +165,25 @@ class TeacherForced:
     return batch_spec(batch_size, self.source_length, self.target_length)
 
   def check_model(self, model: Any) -> None:
-    del model  # Any will do.
+    """Checks that a model has what reads the source and writes the target.
+
+    Raises:
+      UserError: it has no decoder; or no encoder, and the source is more than
+        one token, which a decoder alone can do without.
+    """
+    stacks = model.head_counts()
+    found = type(model).__name__
+    if 'decoder' not in stacks:
+      raise UserError(
+          f'expected a model with a decoder to train {self.name}, found '
+          f'{found}, an encoder alone; choose another model'
+      )
+    if 'encoder' not in stacks and self.source_length > 1:
+      raise UserError(
+          f'expected a model with an encoder to read the sources of '
+          f'{self.name}, found {found}, a decoder alone; choose another model, '
+          f'or train with objectives/causal_lm.gin'
+      )
 
   def init_state(self, model: Any, params: Tree) -> dict[str, Any]:
     return {}

@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from codet5p_jax.errors import UserError
+from codet5p_jax.models.bimodal import EmbeddingConfig
 from codet5p_jax.models.computation import Computation
+from codet5p_jax.objectives.causal_lm import CausalLM
+from codet5p_jax.objectives.seq2seq_causal_lm import Seq2SeqCausalLM
+from codet5p_jax.objectives.sequence_to_sequence import SequenceToSequence
+from codet5p_jax.objectives.span_denoising import SpanDenoising
 from codet5p_jax.training import teacher_forcing
 from codet5p_jax.training.optimizers import SGD
 from tests.training import small
@@ -138,3 +144,42 @@ def test_a_batch_spec_has_the_lengths_of_source_and_target():
       'decoder_target_tokens': ((6, 4), jnp.int32),
       'decoder_loss_weights': ((6, 4), jnp.float32),
   }
+
+
+STACKS = {
+    'both': small.MODEL,
+    'an encoder alone': EmbeddingConfig(131, 24, 8, 4, 40, 2),
+    'a decoder alone': small.COMPOSITE.decoder,
+}
+ONE_TOKEN = (CausalLM(8),)
+LONGER = (
+    SequenceToSequence(8, 8),
+    SequenceToSequence(8, 8, prompt_to_decoder=True),
+    Seq2SeqCausalLM(20, 20, 20),
+    SpanDenoising(8, 8, untrained_sentinels=True),
+)
+
+
+@pytest.mark.parametrize(
+    ('objectives', 'lacking', 'expected'),
+    [
+        (ONE_TOKEN + LONGER, 'an encoder alone', 'a model with a decoder to'),
+        (LONGER, 'a decoder alone', 'a model with an encoder to read'),
+    ],
+)
+def test_a_model_without_what_reads_or_writes_is_refused(
+    objectives, lacking, expected
+):
+  for objective in objectives:
+    with pytest.raises(UserError, match=expected) as error:
+      objective.check_model(STACKS[lacking])
+    assert f'{objective.name}, found' in str(error.value)
+    assert lacking in str(error.value)
+    assert '\n' not in str(error.value)
+
+
+def test_a_model_that_has_what_is_needed_is_not_refused():
+  for objective in ONE_TOKEN + LONGER[:1] + LONGER[2:]:
+    objective.check_model(STACKS['both'])
+  for objective in ONE_TOKEN:
+    objective.check_model(STACKS['a decoder alone'])
