@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import pathlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -165,8 +165,8 @@ class SpanDenoising(teacher_forcing.TeacherForced):
     batch_scale: rows of its batches, in multiples of the run's; paper: 2048
       rows where the other objectives have 512.
     loss_tile_length: positions of each row whose logits exist at a time.
-    untrained_sentinels: allows a model of CodeGen's vocabulary, whose released
-      checkpoints never trained the rows that serve as sentinels.
+    untrained_sentinels: allows CodeGen's vocabulary, whose released checkpoints
+      never trained the rows that serve as sentinels.
   """
 
   source_length: int = 512
@@ -195,32 +195,17 @@ class SpanDenoising(teacher_forcing.TeacherForced):
           f'SpanDenoising of OBJECTIVES'
       )
 
-  def check_model(self, model: Any) -> None:
-    """Warns of sentinels that a frozen decoder neither knows nor can learn.
-
-    Raises:
-      UserError: they are not asked for by `untrained_sentinels`, or the model
-        lacks a stack.
-    """
-    super().check_model(model)
-    if 'codegen' not in model.vocabulary_kinds:
-      return
-    if not self.untrained_sentinels:
-      raise UserError(
-          "expected a model whose sentinels can be learned, found one of "
-          "CodeGen's vocabulary, where their rows are untrained and the "
-          'decoder is frozen; train with objectives/causal_lm.gin, or set '
-          '--gin.SpanDenoising.untrained_sentinels=True'
-      )
-    _logger.warning(
-        'Denoising with the vocabulary of CodeGen: the released decoders never '
-        'trained the rows of its sentinels.'
-    )
-
   def rows(
       self, data_dir: str, split: str, vocabulary: 'Vocabulary'
   ) -> 'TokenRows':
-    """Rows of a split of a corpus folder, by index."""
+    """Rows of a split of a corpus folder, by index.
+
+    Raises:
+      UserError: the vocabulary is CodeGen's, and `untrained_sentinels` does not
+        ask for it; or as `token_rows`.
+    """
+    if vocabulary.kind == 'codegen':
+      self._check_sentinels(split)
     added = 1 if vocabulary.task_tokens.bos is None else 2
     return token_rows(
         pathlib.Path(data_dir), vocabulary, split, self.source_length - added
@@ -240,3 +225,18 @@ class SpanDenoising(teacher_forcing.TeacherForced):
         self.noise_density,
         self.max_words,
     )
+
+  def _check_sentinels(self, split: str) -> None:
+    if not self.untrained_sentinels:
+      raise UserError(
+          "expected a vocabulary whose sentinels mean something, found "
+          "CodeGen's: its released checkpoints never trained their rows, and a "
+          'frozen decoder does not learn them; train with '
+          'objectives/causal_lm.gin, or set '
+          '--gin.span_denoising.SpanDenoising.untrained_sentinels=True'
+      )
+    if split == 'train':  # Once, for who trains.
+      _logger.warning(
+          "Denoising with CodeGen's vocabulary: its released checkpoints never "
+          'trained the rows of the sentinels.'
+      )

@@ -7,7 +7,9 @@ import scipy.stats
 from hypothesis import strategies as st
 
 from codet5p_jax.data.task_tokens import TaskTokens
+from codet5p_jax.data.vocabularies import Vocabulary
 from codet5p_jax.errors import UserError
+from codet5p_jax.objectives import span_denoising as module
 from codet5p_jax.objectives.span_denoising import (
     SpanDenoising,
     hide_spans,
@@ -194,15 +196,50 @@ def test_a_field_out_of_range_is_one_clear_line(fields, expected):
   assert '\n' not in str(error.value)
 
 
-def test_denoising_with_codegens_vocabulary_is_opted_into_with_a_warning(
-    caplog,
+class Tokens(Vocabulary):
+  """A vocabulary of a kind that a test may choose."""
+
+  def __init__(self, kind):
+    super().__init__(kind, {}, 3, UNFRAMED, [b'a', b'b', b'c'], {})
+
+  def encode_batch(self, texts):
+    raise NotImplementedError
+
+  def encode_as_released(self, text):
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ('kind', 'asked_for', 'is_warned'),
+    [
+        ('sentencepiece', False, False),
+        ('codet5', True, False),
+        ('codegen', True, True),
+    ],
+)
+def test_codegens_untrained_sentinels_are_warned_of_once(
+    monkeypatch, caplog, kind, asked_for, is_warned
 ):
-  SpanDenoising().check_model(small.MODEL)
-  assert not caplog.records
-  with pytest.raises(UserError, match='untrained_sentinels=True') as error:
-    SpanDenoising().check_model(small.COMPOSITE)
-  assert '\n' not in str(error.value)
-  SpanDenoising(untrained_sentinels=True).check_model(small.COMPOSITE)
-  [record] = caplog.records
-  assert record.levelname == 'WARNING'
-  assert 'never trained the rows of its sentinels' in record.getMessage()
+  monkeypatch.setattr(module, 'token_rows', lambda *arguments: arguments[2:])
+  objective = SpanDenoising(untrained_sentinels=asked_for)
+  for split in ('train', 'validation'):
+    assert objective.rows('corpus', split, Tokens(kind)) == (split, 511)
+  messages = [
+      record.getMessage()
+      for record in caplog.records
+      if record.levelname == 'WARNING'
+  ]
+  assert len(messages) == is_warned
+  assert all('never trained the rows' in message for message in messages)
+
+
+def test_codegens_untrained_sentinels_must_be_asked_for():
+  for split in ('train', 'validation'):
+    with pytest.raises(UserError, match='untrained_sentinels=True') as error:
+      SpanDenoising().rows('corpus', split, Tokens('codegen'))
+    assert '\n' not in str(error.value)
+
+
+def test_a_model_is_not_refused_for_a_vocabulary_that_it_may_not_have():
+  """The composite learns with our SentencePiece, whose sentinels are real."""
+  SpanDenoising().check_model(small.COMPOSITE)
