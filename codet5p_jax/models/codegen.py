@@ -143,15 +143,17 @@ class SubLayers:
   computation: Computation
   deterministic: bool
 
-  def embedder(self) -> Embed:
+  def embed(self, tokens: Tokens) -> Activations:
     config = self.config
-    return Embed(
+    embedder = Embed(
         config.vocab_size,
         config.emb_dim,
         self.computation.dtype,
         INIT_STDDEV,
         name='token_embedder',
     )
+    x = constrain(embedder(tokens), 'batch', 'act_length', 'act_embed')
+    return self.dropout(x)
 
   def norm(self, name: str) -> LayerNorm:
     return LayerNorm(
@@ -203,16 +205,11 @@ class Layer(nn.Module):
     return constrain(x, 'batch', 'act_length', 'act_embed'), None
 
 
-class Decoder(nn.Module):
-  """Embedding, layers, final norm and output head: all of CodeGen."""
+class Stack(nn.Module):
+  """Embedding, layers and final norm; the mask says who sees whom."""
 
   config: CodeGenConfig
   computation: Computation
-
-  def setup(self):
-    self.output_head = UntiedOutputHead(
-        self.config.vocab_size, self.config.emb_dim, INIT_STDDEV
-    )
 
   @nn.compact
   def __call__(
@@ -224,20 +221,44 @@ class Decoder(nn.Module):
   ) -> Activations:
     config, computation = self.config, self.computation
     sub_layer = SubLayers(config, computation, deterministic)
-    x = sub_layer.embedder()(tokens)
-    x = constrain(x, 'batch', 'act_length', 'act_embed')
     x = apply_layers(
         config,
         computation,
         Layer,
         config.num_layers,
-        sub_layer.dropout(x),
+        sub_layer.embed(tokens),
         (positions, mask, deterministic),
     )
     return sub_layer.norm('final_layer_norm')(x)
 
 
-class CodeGen(nn.Module):
+class Decoder(Stack):
+  """A stack and its output head: all of CodeGen."""
+
+  def setup(self):
+    self.output_head = UntiedOutputHead(
+        self.config.vocab_size, self.config.emb_dim, INIT_STDDEV
+    )
+
+
+class HeadedModel(nn.Module):
+  """What models have in common whose `decoder` has an output head."""
+
+  def output_head(self) -> OutputHead:
+    return self.decoder.output_head()
+
+  def init_params(self, key: PRNGKey) -> Tree:
+    """Returns initial parameters, boxed with the names of their axes."""
+    token = jnp.ones((1, 1), jnp.int32)
+
+    def use_every_part(model):
+      model(token, token)
+      model.output_head()
+
+    return self.init(key, method=use_every_part)['params']
+
+
+class CodeGen(HeadedModel):
   """A decoder alone, with the surface of an encoder-decoder.
 
   It has no encoder, and serves the decoder-only mode: its source is the single
@@ -322,16 +343,3 @@ class CodeGen(nn.Module):
         decoder_positions,
         deterministic,
     )
-
-  def output_head(self) -> OutputHead:
-    return self.decoder.output_head()
-
-  def init_params(self, key: PRNGKey) -> Tree:
-    """Returns initial parameters, boxed with the names of their axes."""
-    token = jnp.ones((1, 1), jnp.int32)
-
-    def use_every_part(model):
-      model(token, token)
-      model.output_head()
-
-    return self.init(key, method=use_every_part)['params']

@@ -19,27 +19,26 @@ import dataclasses
 from typing import ClassVar
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from codet5p_jax.array_typing import (
     Activations,
     AttentionMask,
-    PRNGKey,
     Positions,
     SegmentIds,
     Tokens,
-    Tree,
 )
 from codet5p_jax.errors import UserError
 from codet5p_jax.layers import masks
 from codet5p_jax.layers.dense import Dense
-from codet5p_jax.layers.embedding import OutputHead, UntiedOutputHead
+from codet5p_jax.layers.embedding import UntiedOutputHead
 from codet5p_jax.layers.positions import positions_or_index
 from codet5p_jax.models.codegen import (
     INIT_STDDEV,
     CodeGenConfig,
+    HeadedModel,
     Layer,
+    Stack,
     SubLayers,
 )
 from codet5p_jax.models.computation import Computation, apply_layers
@@ -106,35 +105,6 @@ class ShallowEncoderDeepDecoderConfig:
     }
 
 
-class Encoder(nn.Module):
-  """Embedding, layers and final norm, seeing in both directions."""
-
-  config: CodeGenConfig
-  computation: Computation
-
-  @nn.compact
-  def __call__(
-      self,
-      tokens: Tokens,
-      positions: Int[Array, '#batch length'],
-      mask: AttentionMask,
-      deterministic: bool,
-  ) -> Activations:
-    config, computation = self.config, self.computation
-    sub_layer = SubLayers(config, computation, deterministic)
-    x = sub_layer.embedder()(tokens)
-    x = constrain(x, 'batch', 'act_length', 'act_embed')
-    x = apply_layers(
-        config,
-        computation,
-        Layer,
-        config.num_layers,
-        sub_layer.dropout(x),
-        (positions, mask, deterministic),
-    )
-    return sub_layer.norm('final_layer_norm')(x)
-
-
 class LastLayer(nn.Module):
   """Self-attention, feed-forward and cross-attention, all from one norm."""
 
@@ -190,15 +160,13 @@ class Decoder(nn.Module):
   ) -> Float[Array, 'batch q_length embed']:
     config, computation = self.config, self.computation
     sub_layer = SubLayers(config, computation, deterministic)
-    x = sub_layer.embedder()(tokens)
-    x = constrain(x, 'batch', 'act_length', 'act_embed')
     x = apply_layers(
         config,
         # Computed again in a backward pass, it would cost what it never does.
         dataclasses.replace(computation, remat_policy='none'),
         Layer,
         config.num_layers - 1,
-        sub_layer.dropout(x),
+        sub_layer.embed(tokens),
         (positions, mask, deterministic),
     )
     x = LastLayer(config, computation, name='last_layer')(
@@ -208,7 +176,7 @@ class Decoder(nn.Module):
     return sub_layer.norm('final_layer_norm')(x)
 
 
-class ShallowEncoderDeepDecoder(nn.Module):
+class ShallowEncoderDeepDecoder(HeadedModel):
   """Encoder, bridge and decoder, each with embeddings of its own."""
 
   config: ShallowEncoderDeepDecoderConfig
@@ -216,7 +184,7 @@ class ShallowEncoderDeepDecoder(nn.Module):
 
   def setup(self):
     config, computation = self.config, self.computation
-    self.encoder = Encoder(config.encoder, computation)
+    self.encoder = Stack(config.encoder, computation)
     self.encoder_to_decoder = Dense(
         (config.decoder.emb_dim,),
         ('embed', 'decoder_embed'),
@@ -306,19 +274,6 @@ class ShallowEncoderDeepDecoder(nn.Module):
         deterministic,
         encoder_positions,
     )
-
-  def output_head(self) -> OutputHead:
-    return self.decoder.output_head()
-
-  def init_params(self, key: PRNGKey) -> Tree:
-    """Returns initial parameters, boxed with the names of their axes."""
-    token = jnp.ones((1, 1), jnp.int32)
-
-    def use_every_part(model):
-      model(token, token)
-      model.output_head()
-
-    return self.init(key, method=use_every_part)['params']
 
   def _key_mask(
       self,
