@@ -50,8 +50,8 @@ class ShallowEncoderDeepDecoderConfig:
   """Sizes of the two stacks; special tokens are those given here.
 
   Attributes:
-    encoder: sizes of the encoder.
-    decoder: sizes of the decoder; its last layer has cross-attention too.
+    encoder: sizes of the encoder, which takes the special tokens from here.
+    decoder: likewise; its last layer has cross-attention too.
     pad_id: the padding token, which is also the end of a text.
     eos_id: ends sources and targets.
     decoder_start_id: the first decoder input.
@@ -87,6 +87,14 @@ class ShallowEncoderDeepDecoderConfig:
           f'cross-attention, found {self.decoder.num_layers}; give more '
           f'num_layers'
       )
+    # Special tokens are given once; a stack of other ones would mislead.
+    tokens = {
+        name: getattr(self, name)
+        for name in ('pad_id', 'eos_id', 'decoder_start_id')
+    }
+    for name in ('encoder', 'decoder'):
+      stack = dataclasses.replace(getattr(self, name), **tokens)
+      object.__setattr__(self, name, stack)
 
   @property
   def vocab_size(self) -> int:

@@ -18,6 +18,7 @@ from codet5p_jax.models.shallow_encoder_deep_decoder import (
     ShallowEncoderDeepDecoderConfig,
 )
 from codet5p_jax.training.partition import merge_params, partition_params
+from codet5p_jax.training.run_folder import describe, rebuild
 from tests.models.properties import (
     change_one_token_per_row,
     changed_states,
@@ -406,6 +407,14 @@ def test_stacks_that_do_not_fit_are_refused():
   shallow = dataclasses.replace(CONFIG.decoder, num_layers=1)
   with pytest.raises(UserError, match='2 layers or more.*found 1'):
     dataclasses.replace(CONFIG, decoder=shallow)
+
+
+def test_the_stacks_have_the_special_tokens_of_the_model():
+  config = dataclasses.replace(CONFIG, pad_id=5, eos_id=6, decoder_start_id=7)
+  for stack in (config.encoder, config.decoder):
+    assert (stack.pad_id, stack.eos_id, stack.decoder_start_id) == (5, 6, 7)
+  assert config.decoder.emb_dim == CONFIG.decoder.emb_dim
+  assert rebuild(describe(config)) == config
 
 
 def test_a_configuration_says_what_goes_with_it():
