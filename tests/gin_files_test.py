@@ -207,6 +207,15 @@ def test_the_presets_of_released_models_have_the_ids_of_their_vocabulary():
       assert ids == (0, 2, 0)
 
 
+def test_the_released_composites_alone_know_indentation_by_tabs():
+  found = set()
+  for model in PARAMETERS:
+    configuration.load([model])
+    if getattr(configuration.macro('MODEL'), 'indent_with_tabs', False):
+      found.add(model)
+  assert found == {*PARTS, 'models/instruct_16b.gin'}
+
+
 @pytest.mark.parametrize(
     ('model', 'run'),
     [('models/t5_220m.gin', 'pretrain'), ('models/t5_770m.gin', 'finetune')],

@@ -59,7 +59,6 @@ class CodeGenConfig:
     vocabulary_kinds: kinds of `Vocabulary` that it can be used with.
     prompt_to_decoder: whether the decoder gets the prompt, before what it is to
       write.
-    indent_with_tabs: whether prompts are indented with tabs.
 
   Raises:
     UserError: a size is not positive, or `rotary_dim` is odd or too large.
@@ -79,7 +78,6 @@ class CodeGenConfig:
 
   vocabulary_kinds: ClassVar[tuple[str, ...]] = ('codegen', 'sentencepiece')
   prompt_to_decoder: ClassVar[bool] = True
-  indent_with_tabs: ClassVar[bool] = True
 
   def __post_init__(self):
     sizes = (

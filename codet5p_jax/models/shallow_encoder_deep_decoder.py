@@ -55,10 +55,12 @@ class ShallowEncoderDeepDecoderConfig:
     pad_id: the padding token, which is also the end of a text.
     eos_id: ends sources and targets.
     decoder_start_id: the first decoder input.
+    indent_with_tabs: whether the weights know indentation by tabs: released
+      ones were evaluated on prompts whose four spaces were made tabs (spec
+      T16).
     vocabulary_kinds: kinds of `Vocabulary` that it can be used with.
     prompt_to_decoder: whether the decoder gets the prompt too, before what it
       is to write.
-    indent_with_tabs: whether prompts are indented with tabs.
 
   Raises:
     UserError: the stacks have other vocabularies, or the decoder no trunk.
@@ -69,10 +71,10 @@ class ShallowEncoderDeepDecoderConfig:
   pad_id: int = 50256
   eos_id: int = 50256
   decoder_start_id: int = 50256
+  indent_with_tabs: bool = False
 
   vocabulary_kinds: ClassVar[tuple[str, ...]] = ('codegen', 'sentencepiece')
   prompt_to_decoder: ClassVar[bool] = True
-  indent_with_tabs: ClassVar[bool] = True
 
   def __post_init__(self):
     if self.encoder.vocab_size != self.decoder.vocab_size:

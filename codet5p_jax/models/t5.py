@@ -62,10 +62,12 @@ class T5Config:
     pad_id: the padding token; masked as a key in the encoder.
     eos_id: ends sources and targets.
     decoder_start_id: the first decoder input.
+    indent_with_tabs: whether the weights know indentation by tabs: released
+      ones were evaluated on prompts whose four spaces were made tabs (spec
+      T16).
     vocabulary_kinds: kinds of `Vocabulary` that it can be used with.
     prompt_to_decoder: whether the decoder gets the prompt too, before what it
       is to write.
-    indent_with_tabs: whether prompts are indented with tabs.
   """
 
   vocab_size: int
@@ -81,6 +83,7 @@ class T5Config:
   pad_id: int = 0
   eos_id: int = 2
   decoder_start_id: int = 0
+  indent_with_tabs: bool = False
 
   vocabulary_kinds: ClassVar[tuple[str, ...]] = (
       'codet5',
@@ -88,7 +91,6 @@ class T5Config:
       'sentencepiece',
   )
   prompt_to_decoder: ClassVar[bool] = False
-  indent_with_tabs: ClassVar[bool] = True
 
   def __post_init__(self):
     sizes = (

@@ -162,5 +162,5 @@ def test_a_configuration_says_what_goes_with_it():
   assert EMBEDDING.head_counts() == {'encoder': 5}
   assert EMBEDDING.num_decoder_layers == 0
   for config in (BIMODAL, EMBEDDING):
-    assert not config.prompt_to_decoder and config.indent_with_tabs
+    assert not config.prompt_to_decoder and not config.indent_with_tabs
     assert config.vocabulary_kinds[0] == 'codet5_bimodal'

@@ -231,6 +231,6 @@ def test_sizes_that_mean_nothing_are_refused(changes, message):
 
 def test_a_configuration_says_what_goes_with_it():
   assert CONFIG.head_counts() == {'decoder': 5}
-  assert CONFIG.prompt_to_decoder and CONFIG.indent_with_tabs
+  assert CONFIG.prompt_to_decoder
   assert 'codegen' in CONFIG.vocabulary_kinds
   assert 'codet5' not in CONFIG.vocabulary_kinds

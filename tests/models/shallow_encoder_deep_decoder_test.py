@@ -420,6 +420,6 @@ def test_the_stacks_have_the_special_tokens_of_the_model():
 def test_a_configuration_says_what_goes_with_it():
   assert CONFIG.vocab_size == 131
   assert CONFIG.head_counts() == {'encoder': 3, 'decoder': 7}
-  assert CONFIG.prompt_to_decoder and CONFIG.indent_with_tabs
+  assert CONFIG.prompt_to_decoder and not CONFIG.indent_with_tabs
   assert 'codegen' in CONFIG.vocabulary_kinds
   assert 'codet5' not in CONFIG.vocabulary_kinds
