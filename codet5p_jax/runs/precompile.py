@@ -86,9 +86,23 @@ def precompile(
       ),
       'steps': steps,
   }
-  for name, step in steps.items():
+  _print_steps(step_config, result)
+  if report is not None:
+    _write_report(pathlib.Path(report), result)
+  peak = result['peak_hbm_bytes_per_chip'] / 1e9
+  if max_peak_hbm_gb is not None and peak > max_peak_hbm_gb:
+    raise UserError(
+        f'expected a peak HBM of at most {max_peak_hbm_gb} GB a chip, found '
+        f'{peak:.2f} GB; find out what takes more memory than before, or raise '
+        f'MAX_PEAK_HBM_GB'
+    )
+  return result
+
+
+def _print_steps(step_config: StepConfig, result: dict[str, Any]) -> None:
+  for name, step in result['steps'].items():
     print(
-        f'{name} on {topology} ({chips} chips), batch '
+        f'{name} on {result["topology"]} ({result["chips"]} chips), batch '
         f'{step_config.batch_size}: peak HBM '
         f'{step["peak_hbm_bytes_per_chip"] / 1e9:.2f} GB a chip '
         f'({step["argument_bytes_per_device"] / 1e9:.2f} GB arguments, '
@@ -102,16 +116,6 @@ def precompile(
         f'{step["recomputed_flops_per_device"] / 1e12:.4g} that remat policy '
         f'{step_config.computation.remat_policy} computes again'
     )
-  if report is not None:
-    _write_report(pathlib.Path(report), result)
-  peak = result['peak_hbm_bytes_per_chip'] / 1e9
-  if max_peak_hbm_gb is not None and peak > max_peak_hbm_gb:
-    raise UserError(
-        f'expected a peak HBM of at most {max_peak_hbm_gb} GB a chip, found '
-        f'{peak:.2f} GB; find out what takes more memory than before, or raise '
-        f'MAX_PEAK_HBM_GB'
-    )
-  return result
 
 
 def _compile(train_step, batch, topology) -> tuple[jax.stages.Compiled, str]:
