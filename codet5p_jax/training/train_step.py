@@ -29,6 +29,7 @@ from codet5p_jax.sharding import (
     batch_axes_size,
     tree_shardings,
 )
+from codet5p_jax.training.accumulation import accumulate
 from codet5p_jax.training.partition import merge_params, partition_params
 
 # Arrays of one objective, or their shapes: {feature: [batch, ...]}.
@@ -239,30 +240,12 @@ def make_train_step(config: StepConfig, mesh: Mesh) -> TrainStep:
   _check_divisible(config, mesh)
   model = config.model.make_model(config.computation)
   optimizer = config.optimizer.make()
-  objectives = {o.name: o for o in config.objectives}
 
   def draw() -> Tree:
     return model.init_params(jax.random.key(config.seed))
 
   names = _axis_names(draw)
-
-  def init(given: Mapping[str, jax.Array]) -> TrainState:
-    # Of what is given, nothing is drawn: JAX drops what no result needs.
-    params, frozen = partition_params(nn.unbox(draw()), config.trainable)
-    frozen = _store_frozen(frozen, names, config.frozen_dtype)
-    params, frozen = (_replace(tree, given) for tree in (params, frozen))
-    everything = merge_params(params, frozen)
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        frozen_params=frozen,
-        opt_state=optimizer.init(params),
-        objective_state={
-            name: objective.init_state(model, everything)
-            for name, objective in objectives.items()
-        },
-    )
-
+  init = _make_init(config, model, optimizer, draw, names)
   shapes = jax.eval_shape(init, {})
   state_shardings = _state_shardings(shapes, names, config, mesh)
   abstract_state = jax.tree.map(
@@ -285,28 +268,6 @@ def make_train_step(config: StepConfig, mesh: Mesh) -> TrainStep:
         model, merge_params(params, frozen), state, batch, key
     )
 
-  def step(state: TrainState, batches: StepBatch):
-    with activation_sharding(mesh, config.rules):
-      grads, total, metrics, objective_state = _accumulate(
-          loss_sum, state, batches, objectives, config
-      )
-    # Means of nothing are 0, not NaN: a batch may hold no target at all.
-    grads = jax.tree.map(lambda g: g / jnp.maximum(total, 1.0), grads)
-    updates, opt_state = optimizer.update(
-        grads, state.opt_state, state.params
-    )
-    metrics['grad_norm'] = (optax.tree.norm(grads), jnp.ones(()))
-    return (
-        TrainState(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            frozen_params=state.frozen_params,
-            opt_state=opt_state,
-            objective_state=objective_state,
-        ),
-        metrics,
-    )
-
   def evaluate(params, frozen, objective_state, batch, objective):
     with activation_sharding(mesh, config.rules):
       loss, output = loss_sum(
@@ -320,7 +281,7 @@ def make_train_step(config: StepConfig, mesh: Mesh) -> TrainStep:
       model=model,
       init=checked_init,
       step=jax.jit(
-          step,
+          _make_step(config, mesh, optimizer, loss_sum),
           in_shardings=(state_shardings, batch_sharding),
           out_shardings=(state_shardings, replicated),
           donate_argnums=0,
@@ -341,6 +302,69 @@ def make_train_step(config: StepConfig, mesh: Mesh) -> TrainStep:
       batch_sharding=batch_sharding,
       evaluation_sharding=evaluation_sharding,
   )
+
+
+def _make_init(
+    config: StepConfig,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    draw: Callable[[], Tree],
+    names: Mapping[str, tuple[str | None, ...]],
+) -> Callable[[Mapping[str, jax.Array]], TrainState]:
+  """`TrainStep.init` before it is compiled."""
+
+  def init(given: Mapping[str, jax.Array]) -> TrainState:
+    # Of what is given, nothing is drawn: JAX drops what no result needs.
+    params, frozen = partition_params(nn.unbox(draw()), config.trainable)
+    frozen = _store_frozen(frozen, names, config.frozen_dtype)
+    params, frozen = (_replace(tree, given) for tree in (params, frozen))
+    everything = merge_params(params, frozen)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        frozen_params=frozen,
+        opt_state=optimizer.init(params),
+        objective_state={
+            objective.name: objective.init_state(model, everything)
+            for objective in config.objectives
+        },
+    )
+
+  return init
+
+
+def _make_step(
+    config: StepConfig,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    loss_sum: Callable,
+) -> Callable[[TrainState, StepBatch], tuple[TrainState, Metrics]]:
+  """`TrainStep.step` before it is compiled; `loss_sum` as in `accumulate`."""
+  objectives = {o.name: o for o in config.objectives}
+
+  def step(state: TrainState, batches: StepBatch):
+    with activation_sharding(mesh, config.rules):
+      grads, total, metrics, objective_state = accumulate(
+          loss_sum, state, batches, objectives, config
+      )
+    # Means of nothing are 0, not NaN: a batch may hold no target at all.
+    grads = jax.tree.map(lambda g: g / jnp.maximum(total, 1.0), grads)
+    updates, opt_state = optimizer.update(
+        grads, state.opt_state, state.params
+    )
+    metrics['grad_norm'] = (optax.tree.norm(grads), jnp.ones(()))
+    return (
+        TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            frozen_params=state.frozen_params,
+            opt_state=opt_state,
+            objective_state=objective_state,
+        ),
+        metrics,
+    )
+
+  return step
 
 
 def step_batch_spec(
@@ -390,71 +414,6 @@ def microbatch_counts(config: StepConfig, step: int) -> dict[str, int]:
       for index, objective in enumerate(objectives)
       if index in drawn
   }
-
-
-def _accumulate(loss_sum, state, batches, objectives, config):
-  """Sums losses and gradients over all micro-batches, in float32.
-
-  Returns:
-    (sums of gradients, sum of weights, metrics, new objective state).
-  """
-  value_and_grad = jax.value_and_grad(loss_sum, has_aux=True)
-  step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-  objective_state = dict(state.objective_state)
-  grads, total = None, jnp.zeros(())
-  metrics = {}
-  for index, (name, objective) in enumerate(objectives.items()):
-    if name not in batches:
-      continue
-    batch = batches[name]
-    objective_key = jax.random.fold_in(step_key, index)
-
-    def one(objective_state, microbatch, number):
-      key = jax.random.fold_in(objective_key, number)
-      (loss, output), grads = value_and_grad(
-          state.params,
-          state.frozen_params,
-          objective,
-          objective_state,
-          microbatch,
-          key if config.computation.dropout_rate > 0 else None,
-      )
-      sums = {'loss': (loss, output.weight), **output.metrics}
-      return output.state, (grads, output.weight, sums)
-
-    count = jax.tree.leaves(batch)[0].shape[0]
-    if count == 1:
-      new_state, sums = one(
-          objective_state[name], jax.tree.map(lambda x: x[0], batch), 0
-      )
-    else:
-      new_state, sums = _scan_microbatches(
-          one, objective_state[name], batch, count
-      )
-    objective_state[name] = new_state
-    these, weight, objective_metrics = sums
-    grads = these if grads is None else jax.tree.map(jnp.add, grads, these)
-    total += weight
-    for key, value in objective_metrics.items():
-      metrics[f'{name}/{key}'] = value
-  return grads, total, metrics, objective_state
-
-
-def _scan_microbatches(one, objective_state, batch, count):
-  first = jax.tree.map(lambda x: x[0], batch)
-  _, sums = jax.eval_shape(one, objective_state, first, 0)
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
-
-  def body(carry, xs):
-    state, sums = carry
-    microbatch, number = xs
-    state, new = one(state, microbatch, number)
-    return (state, jax.tree.map(jnp.add, sums, new)), None
-
-  (state, sums), _ = jax.lax.scan(
-      body, (objective_state, zeros), (batch, jnp.arange(count))
-  )
-  return state, sums
 
 
 def _axis_names(draw: Callable[[], Tree]) -> dict[str, tuple[str | None, ...]]:
