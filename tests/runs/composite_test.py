@@ -235,7 +235,7 @@ def test_sources_may_move_and_not_change(
       np.testing.assert_array_equal, there.frozen_params, here.frozen_params
   )
   init_from[0] = (str(other), *init_from[0][1:])
-  with pytest.raises(UserError, match='other, .* found others at decoder/'):
+  with pytest.raises(UserError, match='other the weights .* found others at decoder/'):
     load_trained_model(str(run_dir), init_from=init_from)
   exported = tmp_path / 'exported'
   init_from[0] = (str(moved), *init_from[0][1:])

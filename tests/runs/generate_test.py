@@ -43,19 +43,26 @@ def heard(small_corpus, tmp_path, monkeypatch):
   vocabulary = load_vocabulary(small_corpus / 'vocabulary')
   heard = Heard(vocabulary, [])
 
-  config = types.SimpleNamespace(decoder_start_id=START)
+  config = types.SimpleNamespace(
+      decoder_start_id=START,
+      prompt_to_decoder=False,
+      head_counts=lambda: {'encoder': 1, 'decoder': 1},
+  )
   trained = object.__new__(TrainedModel)  # Without weights and a step.
   vars(trained).update(
       folder=RunFolder(tmp_path),
       vocabulary=vocabulary,
       train_step=types.SimpleNamespace(
-          model=types.SimpleNamespace(config=config)
+          model=types.SimpleNamespace(config=config),
+          config=types.SimpleNamespace(model=config),
       ),
       params={},
       frozen_params={},
       step=STEP,
   )
-  monkeypatch.setattr(generate_run, 'load_trained_model', lambda *_: trained)
+  monkeypatch.setattr(
+      generate_run, 'load_trained_model', lambda *_, **__: trained
+  )
   monkeypatch.setattr(generate_run, 'greedy_decode', heard.decode)
   return heard
 

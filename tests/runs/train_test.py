@@ -174,6 +174,10 @@ def test_weights_of_an_unfinished_run_come_from_its_newest_checkpoint(
   (tmp_path / 'run' / 'model').rename(tmp_path / 'moved')
   unfinished = load_trained_model(str(tmp_path / 'run'))
   assert unfinished.step == STEPS
+  for trained in (unfinished, finished):
+    # Of rows that only pad the table, weights hold nothing.
+    table = trained.params['token_embedder']
+    table['embedding'] = table['embedding'][: config.model.vocab_size]
   jax.tree.map(
       np.testing.assert_array_equal, unfinished.params, finished.params
   )
