@@ -35,7 +35,7 @@ LIGHT = (
     'codet5p_jax.objectives.sequence_to_sequence',
     'codet5p_jax.planning.parameters',
     'codet5p_jax.training.train_step',
-    'codet5p_jax.training.trained_model',
+    'codet5p_jax.trained_model',
 )
 
 
