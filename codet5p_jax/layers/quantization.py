@@ -87,8 +87,10 @@ def quantize(
   axes = input_axes(names)
   kernel = kernel.astype(xp.float32)
   largest = xp.max(xp.abs(kernel), axis=axes, keepdims=True)
-  # A channel of zeros, such as a row that pads a table, stays zeros.
-  scale = xp.where(largest > 0, largest, 1).astype(xp.float32) / 127
+  # A channel of zeros, such as a row that pads a table, stays zeros; so does
+  # one whose scale would be no normal number.
+  normal = largest > 127 * np.finfo(np.float32).tiny
+  scale = xp.where(normal, largest, 1).astype(xp.float32) / 127
   # Where values are so small that their scale is rounded, 128 could come out.
   steps = xp.clip(xp.round(kernel / scale), -127, 127)
   return steps.astype(xp.int8), xp.squeeze(scale, axes)

@@ -54,7 +54,7 @@ class Numbers:
 
   name, rate, first_step, batch_scale = 'numbers', 1.0, 0, 1
   reads_corpus = False
-  batch_spec = init_state = loss = len  # Not asked for here.
+  batch_spec = check_model = init_state = loss = len  # Not asked for here.
 
   def __init__(self, source):
     self._source = source
