@@ -346,8 +346,9 @@ import types
 corpus = sys.stdin.read()
 vocabulary = load_vocabulary(f'{corpus}/vocabulary')
 objective = SpanDenoising(source_length=40, target_length=30)
+model = types.SimpleNamespace(head_counts=lambda: {'encoder': 1, 'decoder': 1})
 config = StepConfig(
-    None, [objective], SGD(1.0), batch_size=16, num_microbatches=2, seed=5)
+    model, [objective], SGD(1.0), batch_size=16, num_microbatches=2, seed=5)
 mesh = make_mesh((1, 8, 1))
 spec = jax.sharding.PartitionSpec(None, ('replica', 'data'))
 step = types.SimpleNamespace(
