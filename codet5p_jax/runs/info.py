@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.traverse_util
-import jax
 
 from codet5p_jax.planning.parameters import (
     count,

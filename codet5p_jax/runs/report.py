@@ -9,7 +9,6 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 
 from codet5p_jax.corpus.folder import METADATA
 from codet5p_jax.errors import UserError
@@ -19,7 +18,7 @@ from codet5p_jax.planning.parameters import (
     parameter_shapes,
 )
 from codet5p_jax.planning.pod_command import pod_commands
-from codet5p_jax.training.curves import draw_losses, draw_throughput, series
+from codet5p_jax.training.curves import draw_losses, draw_throughput
 from codet5p_jax.training.files import read_json
 from codet5p_jax.training.run_folder import (
     RunFolder,
@@ -187,8 +186,8 @@ def _state(run: _Run) -> str:
   parameters = _rounded(count(_shapes(run)))
   wanted = run.config['train_steps']
   text = (
-      f'A model of {parameters} parameters was trained for {run.last_step:,} of '
-      f'{wanted:,} steps on {_listed(run.objectives)}.'
+      f'A model of {parameters} parameters was trained for {run.last_step:,} '
+      f'of {wanted:,} steps on {_listed(run.objectives)}.'
   )
   if run.last_step >= wanted and run.folder.model.exists():
     return f'{text} The run is complete.'

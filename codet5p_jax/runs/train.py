@@ -73,9 +73,9 @@ def train(
       jsonl://rows.jsonl?field=code: a corpus is made of them beside the run.
     train_steps: updates to make, those before a stop included.
     vocabulary_dir: the vocabulary; by default `data_dir`/vocabulary.
-    init_from: weights to start from, see conversion/init_from.py; empty for a model
-      that is drawn. What they give and the run does not train is not written
-      again: loading the run reads it from there.
+    init_from: weights to start from, see conversion/init_from.py; empty for a
+      model that is drawn. What they give and the run does not train is not
+      written again: loading the run reads it from there.
     log_every: steps between rows of metrics.jsonl.
     evaluate_every: steps between evaluations on the validation split; there is
       one at the end in any case.
@@ -131,7 +131,9 @@ def train(
   if operative_config is not None:
     write_result(folder.path / 'operative_config.gin', operative_config())
 
-  with Checkpoints(folder.checkpoints, max_to_keep=checkpoints_to_keep) as saved:
+  with Checkpoints(
+      folder.checkpoints, max_to_keep=checkpoints_to_keep
+  ) as saved:
     if not resumes:
       parts = parts_table(initialisation, train_step.abstract_state)
       _logger.info('%s', format_parts(parts))

@@ -90,7 +90,9 @@ def checkpoints(
     model = config.make_model(Computation(scan_layers=False))
     params = jax.tree_util.tree_map_with_path(
         # Kernels of usual size, but a head that tells tokens well apart.
-        lambda path, x: x if 'output_head' in str(path) or path[-1].key == 'scale' else x / 5,
+        lambda path, x: x
+        if 'output_head' in str(path) or path[-1].key == 'scale'
+        else x / 5,
         random_parameters(model, seed=index),
     )
     save_weights(target.model, params, {'step': 0}, vocab_size)
@@ -235,7 +237,8 @@ def test_sources_may_move_and_not_change(
       np.testing.assert_array_equal, there.frozen_params, here.frozen_params
   )
   init_from[0] = (str(other), *init_from[0][1:])
-  with pytest.raises(UserError, match='other the weights .* found others at decoder/'):
+  match = 'other the weights .* found others at decoder/'
+  with pytest.raises(UserError, match=match):
     load_trained_model(str(run_dir), init_from=init_from)
   exported = tmp_path / 'exported'
   init_from[0] = (str(moved), *init_from[0][1:])

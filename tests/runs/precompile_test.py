@@ -246,11 +246,9 @@ def test_other_faults_of_the_compiler_are_not_blamed_on_memory():
     module._compile(failing_step('INTERNAL: a bug'), {}, 'v5e:4x4')
 
 
-
-
-# Deep and narrow, so that weights outweigh all else and compiling takes seconds:
-# layers are compiled once, however many they are. Heads are as wide as those of
-# the 2B model, and no multiple of a TPU's registers.
+# Deep and narrow, so that weights outweigh all else and compiling takes
+# seconds: layers are compiled once, however many they are. Heads are as wide as
+# those of the 2B model, and no multiple of a TPU's registers.
 DEEP = ShallowEncoderDeepDecoderConfig(
     encoder=CodeGenConfig(
         vocab_size=1024,

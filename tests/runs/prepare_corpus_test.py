@@ -18,7 +18,8 @@ SETTINGS = {'vocab_size': 600, 'processes': 1}
 def rows(source_files, write_rows, tmp_path_factory):
   """A table of source files, one of them twice."""
   folder = tmp_path_factory.mktemp('rows')
-  return str(write_rows(folder / 'rows.jsonl', [*source_files, source_files[0]]))
+  files = [*source_files, source_files[0]]
+  return str(write_rows(folder / 'rows.jsonl', files))
 
 
 @pytest.fixture(scope='module')
@@ -82,7 +83,10 @@ def test_a_corpus_of_the_same_settings_is_kept(rows, prepared, caplog):
     ('changes', 'named'),
     [
         ({'vocab_size': 601}, "{'vocab_size': 601}"),
-        ({'sources': ['standard_library']}, "{'sources': ['standard_library']}"),
+        (
+            {'sources': ['standard_library']},
+            "{'sources': ['standard_library']}",
+        ),
         ({'max_tokens': 999}, "{'max_tokens': 999}"),
     ],
 )

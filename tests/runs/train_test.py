@@ -265,7 +265,8 @@ def test_prompts_and_modes_are_checked(undisturbed):
 def test_source_files_are_data_as_good_as_a_corpus(
     config, source_files, write_rows, tmp_path
 ):
-  data = f'jsonl://{write_rows(tmp_path / "rows.jsonl", source_files)}?field=text'
+  path = write_rows(tmp_path / 'rows.jsonl', source_files)
+  data = f'jsonl://{path}?field=text'
   for _ in range(2):  # The second time the corpus is there.
     run(config, tmp_path / 'run', data, train_steps=1)
     assert (tmp_path / 'run.corpus' / 'metadata.json').is_file()

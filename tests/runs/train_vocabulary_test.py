@@ -10,7 +10,8 @@ from codet5p_jax.runs.train_vocabulary import train_vocabulary
 def rows(source_files, write_rows, tmp_path_factory):
   """A table of source files, one of them twice."""
   folder = tmp_path_factory.mktemp('rows')
-  return str(write_rows(folder / 'rows.jsonl', [*source_files, source_files[0]]))
+  files = [*source_files, source_files[0]]
+  return str(write_rows(folder / 'rows.jsonl', files))
 
 
 def test_a_vocabulary_is_that_of_the_files_without_duplicates(
