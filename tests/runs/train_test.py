@@ -166,9 +166,11 @@ def test_the_run_folder_is_enough_to_evaluate_and_to_generate(
 
 
 def test_weights_of_an_unfinished_run_come_from_its_newest_checkpoint(
-    config, small_corpus, tmp_path, monkeypatch
+    config, small_corpus, tmp_path
 ):
-  config = dataclasses.replace(config, trainable=('.*',))
+  config = dataclasses.replace(
+      config, trainable=('.*',), objectives=(CausalLM(target_length=16),)
+  )
   run(config, tmp_path / 'run', small_corpus)
   finished = load_trained_model(str(tmp_path / 'run'))
   (tmp_path / 'run' / 'model').rename(tmp_path / 'moved')
@@ -187,7 +189,10 @@ def test_a_loss_that_is_no_number_stops_the_run(
     config, small_corpus, tmp_path
 ):
   config = dataclasses.replace(
-      config, optimizer=AdamW(1e30, 1, STEPS, 0.0), trainable=('.*',)
+      config,
+      optimizer=AdamW(1e30, 1, STEPS, 0.0),
+      trainable=('.*',),
+      objectives=(CausalLM(target_length=16),),
   )
   with pytest.raises(UserError, match=r'at step \d, found that \w+ of .* is '):
     run(config, tmp_path / 'run', small_corpus)
