@@ -1,17 +1,16 @@
 import dataclasses
 import importlib.util
 import json
+import pathlib
+import re
 import types
 
 import jax
 import pytest
 
+from codet5p_jax import main
 from codet5p_jax.errors import UserError
-from codet5p_jax.models.codegen import CodeGenConfig
 from codet5p_jax.models.computation import Computation
-from codet5p_jax.models.shallow_encoder_deep_decoder import (
-    ShallowEncoderDeepDecoderConfig,
-)
 from codet5p_jax.models.t5 import T5Config
 from codet5p_jax.objectives.causal_lm import CausalLM
 from codet5p_jax.objectives.sequence_to_sequence import SequenceToSequence
@@ -246,61 +245,43 @@ def test_other_faults_of_the_compiler_are_not_blamed_on_memory():
     module._compile(failing_step('INTERNAL: a bug'), {}, 'v5e:4x4')
 
 
-# Deep and narrow, so that weights outweigh all else and compiling takes
-# seconds: layers are compiled once, however many they are. Heads are as wide as
-# those of the 2B model, and no multiple of a TPU's registers.
-DEEP = ShallowEncoderDeepDecoderConfig(
-    encoder=CodeGenConfig(
-        vocab_size=1024,
-        emb_dim=512,
-        num_layers=40,
-        num_heads=8,
-        head_dim=64,
-        rotary_dim=32,
-        mlp_dim=2048,
-    ),
-    decoder=CodeGenConfig(
-        vocab_size=1024,
-        emb_dim=640,
-        num_layers=64,
-        num_heads=8,
-        head_dim=80,
-        rotary_dim=64,
-        mlp_dim=2560,
-    ),
-    pad_id=0,
-    eos_id=0,
-    decoder_start_id=0,
-)
+# As `make precompile-all` keeps them, of which the others take longer.
+PEAKS = [
+    peak.groups()
+    for peak in re.finditer(
+        r'^  (v\S+),(deep_\w+),(\d+),(\w+),([\d.]+)( \\)?$',
+        (pathlib.Path(__file__).parents[2] / 'Makefile').read_text(),
+        re.MULTILINE,
+    )
+]
 
 
 @needs_compiler
-@pytest.mark.parametrize('frozen_dtype', ['bfloat16', 'int8'])
-def test_the_composite_needs_its_weights_moments_and_gradients(frozen_dtype):
-  """No frozen part is copied, and of the trained one little.
-
-  The compiler keeps bfloat16 copies of the encoder's stacks from its forward
-  pass on, which more than fit beside the gradients until the last of them. The
-  released sizes take minutes each: `make precompile-all` keeps theirs.
-  """
-  config = StepConfig(
-      model=DEEP,
-      objectives=(SequenceToSequence(128, 128, prompt_to_decoder=True),),
-      optimizer=AdamW(1e-3, 1, 10, 0.1),
-      batch_size=2,
-      trainable=(
-          'encoder/.*',
-          'encoder_to_decoder/.*',
-          'decoder/last_layer/cross_attention/.*',
-      ),
-      frozen_dtype=frozen_dtype,
-      computation=Computation(dtype='bfloat16', remat_policy='full'),
-  )
-  mesh = make_mesh((1, 1, 1), jax.devices()[:1])
-  params = make_train_step(config, mesh).abstract_state.params
-  gradients = sum(4 * leaf.size for leaf in jax.tree.leaves(params))
-  least = state_bytes(config) + gradients
-  result = precompile(config, 'v5e:1x1', max_peak_hbm_gb=1.08 * least / 1e9)
-  step = result['steps']['sequence_to_sequence']
-  assert step['argument_bytes_per_device'] < 1.01 * state_bytes(config)
+@pytest.mark.parametrize(
+    ('topology', 'model', 'frozen_dtype'),
+    [('v5e:1x1', 'deep_2b', 'bfloat16'), ('v5e:1x1', 'deep_6b', 'int8')],
+)
+def test_a_released_composite_trains_in_the_memory_that_is_stated(
+    tmp_path, topology, model, frozen_dtype
+):
+  assert len(PEAKS) == 5
+  [(batch_size, gigabytes)] = [
+      (peak[2], peak[4])
+      for peak in PEAKS
+      if (*peak[:2], peak[3]) == (topology, model, frozen_dtype)
+  ]
+  report = tmp_path / 'report.json'
+  code = main.main([
+      'precompile',
+      f'--gin_file=models/{model}.gin',
+      '--gin_file=runs/finetune.gin',
+      f'TOPOLOGY={topology}',
+      f'BATCH_SIZE={batch_size}',
+      f'FROZEN_DTYPE={frozen_dtype}',
+      f'MAX_PEAK_HBM_GB={gigabytes}',
+      f'--report={report}',
+  ])
+  assert code == 0
+  [step] = json.loads(report.read_text())['steps'].values()
+  # What is frozen goes forward alone, and the rest is computed as it must be.
   assert step['matmul_flops_ratio'] < 1.05
