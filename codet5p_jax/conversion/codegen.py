@@ -182,7 +182,10 @@ def _read_composite(
     fields = {'tie_word_embeddings': False} | config[stack]
     stacks[stack] = _read_stack(fields, {})
   return ShallowEncoderDeepDecoderConfig(
-      **stacks, **_read_ids(config, config['decoder'])
+      **stacks,
+      **_read_ids(config, config['decoder']),
+      # Ours alone; files without it are of released models.
+      indent_with_tabs=field(config, 'indent_with_tabs', bool, default=True),
   )
 
 
@@ -241,6 +244,7 @@ def _write_composite(
       'is_encoder_decoder': True,
       'encoder': stack(config.encoder, is_decoder=False),
       'decoder': stack(config.decoder, is_decoder=True),
+      'indent_with_tabs': config.indent_with_tabs,
       # The released files have none here, and then no labels can be shifted
       # (spec 4.6).
       **_write_ids(config),

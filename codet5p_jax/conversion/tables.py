@@ -103,15 +103,15 @@ class Family:
 def field(
     config: Mapping[str, Any],
     name: str,
-    kind: type[int] | type[float] = int,
-    default: int | float | None = None,
+    kind: type[int] | type[float] | type[bool] = int,
+    default: int | float | bool | None = None,
 ) -> Any:
-  """Returns a number of config.json.
+  """Returns a number, or true or false, of config.json.
 
   Args:
     config: config.json, or a part of it.
     name: of the field.
-    kind: of the number; a float may be written as an integer.
+    kind: of the value; a float may be written as an integer.
     default: where the field is absent or null; None if it must be there.
 
   Raises:
@@ -120,11 +120,11 @@ def field(
   value = config.get(name)
   if value is None and default is not None:
     return default
-  kinds = (int, float) if kind is float else int
-  if not isinstance(value, kinds) or isinstance(value, bool):
-    words = 'a number' if kind is float else 'an integer'
+  kinds = (int, float) if kind is float else kind
+  if not isinstance(value, kinds) or isinstance(value, bool) != (kind is bool):
+    words = {int: 'an integer', float: 'a number', bool: 'true or false'}
     raise UserError(
-        f'expected {name} in config.json to be {words}, found '
+        f'expected {name} in config.json to be {words[kind]}, found '
         f'{"none" if value is None else repr(value)}; correct the file'
     )
   return kind(value)

@@ -322,6 +322,7 @@ def test_a_configuration_that_contradicts_the_tensors_is_told_field_by_field():
         ('t5', 'decoder_start_token_id', 'decoder_start_id', 0),
         ('codegen', 'n_inner', 'mlp_dim', 4 * 80),
         ('codegen', 'layer_norm_epsilon', 'layer_norm_epsilon', 1e-5),
+        ('codet5p', 'indent_with_tabs', 'indent_with_tabs', True),
     ],
 )
 def test_a_field_that_is_absent_or_null_has_its_default(
@@ -373,6 +374,11 @@ def test_an_epsilon_may_be_written_as_an_integer():
         ('codegen', {'n_head': 7}, 'a multiple of n_head, found 80 and 7'),
         ('codegen', {'n_head': 0}, 'a multiple of n_head, found 80 and 0'),
         ('codet5p', {'encoder': None}, 'encoder in config.json to hold'),
+        (
+            'codet5p',
+            {'indent_with_tabs': 1},
+            'indent_with_tabs in .* true or false, found 1',
+        ),
     ],
 )
 def test_what_our_networks_do_not_compute_is_refused(
