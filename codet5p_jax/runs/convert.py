@@ -29,7 +29,7 @@ from codet5p_jax.storage import local_path
 _logger = logging.getLogger(__name__)
 
 # What belongs to a model; a repository may hold it in other formats as well.
-_DOWNLOADED = ('*.json', 'merges.txt', '*.safetensors')
+_DOWNLOADED = ('*.json', 'merges.txt', 'vocabulary/*', '*.safetensors')
 # Where there are no safetensors: many repositories hold the weights twice.
 _DOWNLOADED_ELSE = ('pytorch_model*.bin',)
 

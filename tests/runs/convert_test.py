@@ -16,6 +16,7 @@ import pytest
 from codet5p_jax import main
 from codet5p_jax.conversion.sources import open_source
 from codet5p_jax.errors import UserError
+from codet5p_jax.runs import convert as module
 from codet5p_jax.runs.convert import convert
 from tests.conversion.conftest import MODELS, random_folder
 
@@ -69,16 +70,22 @@ def test_a_name_of_the_hub_is_downloaded_when_asked(
     if name != 'some/model':
       raise ValueError('no\nsuch model')
     # As that of the hub: what is there already stays there.
-    cache.mkdir(exist_ok=True)
     for pattern in allow_patterns:
       for path in hub.glob(pattern):
-        shutil.copy(path, cache)
+        copy = cache / path.relative_to(hub)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
     return str(cache)
 
   monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
   convert('some/model', str(tmp_path / 'ours'), from_hub=True)
   assert open_source(tmp_path / 'ours').model == MODELS['codegen']
   assert sorted(os.listdir(cache)) == ['config.json', weights]
+  # A vocabulary of our own comes along.
+  (hub / 'vocabulary').mkdir()
+  (hub / 'vocabulary' / 'sentencepiece.model').touch()
+  folder = module._download('some/model')
+  assert (folder / 'vocabulary' / 'sentencepiece.model').exists()
   with pytest.raises(UserError, match='ValueError: no such model') as error:
     convert('other/model', str(tmp_path / 'other'), from_hub=True)
   assert '\n' not in str(error.value)
