@@ -38,7 +38,7 @@ class Subcommand:
 
 
 SUBCOMMANDS = {
-    'info': Subcommand('count the parameters and bytes of a model', gin=True),
+    'info': Subcommand('count the parameters of a model', gin=True),
     'train': Subcommand('pretrain or fine-tune a model', gin=True),
     'evaluate': Subcommand('score a trained model on a task', gin=True),
     'generate': Subcommand(

@@ -121,7 +121,7 @@ def plan_initialisation(
     model: configuration of the network.
     open_source: of conversion/sources.py.
     needed: paths of the parameters that will be read; sources of others are not
-      opened. None for all.
+      opened, and may be left away. None for all.
 
   Raises:
     UserError: a source cannot be used, or a parameter is unaccounted for; one
@@ -147,7 +147,8 @@ def plan_initialisation(
     is_needed = needed is None or any(path in needed for path in targets)
     if source_name != FRESH and is_needed:
       origins |= _matched(opened(source_name), part, targets, mapping, shapes)
-  if unclaimed := [path for path in shapes if path not in owners]:
+  claimed = shapes if needed is None else needed
+  if unclaimed := [path for path in claimed if path not in owners]:
     raise UserError(
         f'expected INIT_FROM to account for every parameter of the model, '
         f'found nothing for {listed(unclaimed)}; add a source, or '
@@ -217,7 +218,8 @@ def _entry(entry: Any, number: int) -> tuple[str, str, Sequence | None]:
 
 
 def _select(part: str, paths: Mapping[str, Any]) -> list[str]:
-  pattern = _compiled(f'(?:{part})(?:/.*)?')
+  _compiled(part)  # As it was given.
+  pattern = re.compile(f'(?:{part})(?:/.*)?')
   selected = [path for path in paths if pattern.fullmatch(path)]
   if not selected:
     raise UserError(

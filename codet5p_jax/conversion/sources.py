@@ -110,7 +110,8 @@ def is_ours(path: Path) -> bool:
   """
   if not path.is_dir():
     raise UserError(
-        f'expected a folder, found none at {path}; check the path'
+        f'expected a folder, found none at {path}; check the path, or set '
+        f'INIT_FROM to where the weights lie now that a run started from'
     )
   config = path / 'config.json'
   content = read_json_object(config) if config.exists() else {}

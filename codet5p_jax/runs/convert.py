@@ -86,6 +86,11 @@ def convert(
     weights = open_source(folder, init_from)
     with _progress(weights) as bar:
       worst = convert_to_huggingface(weights, destination, dtype, bar.update)
+    if (destination / 'vocabulary').exists():
+      _logger.info(
+          'transformers has no class for its SentencePiece vocabulary, which '
+          'lies as this program has it in %s.', destination / 'vocabulary'
+      )  # fmt: skip
   _report(weights, destination, worst)
 
 

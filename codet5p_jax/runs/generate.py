@@ -64,7 +64,8 @@ def generate(
       need it;
       "infill" fills the gaps of a prompt, marked <extra_id_0>, <extra_id_1>
       and so on. A model does well in the forms that it was trained on. By
-      default "encoder_and_decoder" for models that need it, else
+      default "encoder_and_decoder" for models that need it,
+      "encoder_decoder" for others that were trained on pairs alone, else
       "decoder_only".
     max_new_tokens: tokens to generate at most, those of all gaps together.
     mesh_shape: (replica, data, model).
@@ -131,15 +132,18 @@ def _mode_for(trained: TrainedModel, mode: str | None) -> str:
         f'expected a model with a decoder, found {type(model).__name__}, which '
         f'has none; give the folder of another'
     )
+  trained_for = [o.name for o in trained.train_step.config.objectives]
   if 'encoder' not in stacks:
     fitting = ['decoder_only']
   elif model.prompt_to_decoder:
     # The encoder of a released one has never seen a task token.
-    trained_for = [o.name for o in trained.train_step.config.objectives]
     fitting = ['encoder_and_decoder']
     fitting += [m for name, m in _MODE_OF.items() if name in trained_for]
   else:
     fitting = [m for m in MODES if m != 'encoder_and_decoder']
+    if trained_for == ['sequence_to_sequence']:
+      fitting.remove('encoder_decoder')
+      fitting.insert(0, 'encoder_decoder')
   if mode is None:
     return fitting[0]
   if mode not in fitting:

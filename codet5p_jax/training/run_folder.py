@@ -116,7 +116,14 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
   Raises:
     UserError: there is none, it is unreadable, or of a newer version.
   """
-  return read_json(RunFolder(local_path(path)).config)
+  config = RunFolder(local_path(path)).config
+  if config.is_file() and b'"model_type"' in config.read_bytes():
+    raise UserError(
+        f'expected the folder of a run or a converted model, found in '
+        f'{config.parent} one in the layout of Hugging Face; run `codet5p '
+        f'convert` on it first'
+    )
+  return read_json(config)
 
 
 def check_config(

@@ -54,7 +54,7 @@ def heard(small_corpus, tmp_path, monkeypatch):
       vocabulary=vocabulary,
       train_step=types.SimpleNamespace(
           model=types.SimpleNamespace(config=config),
-          config=types.SimpleNamespace(model=config),
+          config=types.SimpleNamespace(model=config, objectives=()),
       ),
       params={},
       frozen_params={},
@@ -70,6 +70,27 @@ def heard(small_corpus, tmp_path, monkeypatch):
 def outputs(run_dir):
   lines = (run_dir / 'generation' / 'outputs.jsonl').read_text().splitlines()
   return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize(
+    ('objectives', 'mode'),
+    [
+        ([], 'decoder_only'),
+        (['sequence_to_sequence'], 'encoder_decoder'),
+        (['causal_lm', 'sequence_to_sequence'], 'decoder_only'),
+    ],
+)
+def test_the_mode_is_what_the_model_was_trained_for(
+    heard, tmp_path, objectives, mode
+):
+  trained = generate_run.load_trained_model()
+  trained.train_step.config.objectives = [
+      types.SimpleNamespace(name=name) for name in objectives
+  ]
+  heard.answers.append([9])
+  generate(['x'], str(tmp_path))
+  [row] = outputs(tmp_path)
+  assert row['mode'] == mode
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def test_damaged_metadata_are_one_clear_line(rows, prepared, tmp_path, content):
         (['--vocab_size=300'], 'at least 366 pieces'),
         (['--processes=0'], 'processes to be at least 1'),
         (['--corpus_dir=gs://bucket/corpus'], 'mount the bucket'),
-        (['--vocabulary_dir=/nowhere'], 'vocabulary file /nowhere'),
+        (['--vocabulary_dir=/nowhere'], 'a vocabulary in /nowhere'),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_clear_line(
