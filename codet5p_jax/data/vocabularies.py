@@ -254,18 +254,7 @@ def load_vocabulary(folder: str | os.PathLike[str]) -> Vocabulary:
   """
   folder = pathlib.Path(folder)
   path = folder / _DESCRIPTION_FILE
-  if not path.exists():
-    if (folder / _PIECES_FILE).exists():
-      raise errors.UserError(
-          f'expected a vocabulary folder of this program, found in {folder} '
-          f'the files of Hugging Face; run `codet5p convert` on the model they '
-          f'belong to, and give the folder vocabulary/ of its target'
-      )
-    raise errors.UserError(
-        f'expected a vocabulary in {folder}, found no {_DESCRIPTION_FILE} '
-        f'there; give a folder named vocabulary/ of a corpus, a run or a '
-        f'converted model, or put a copy of one there'
-    )
+  vocabulary_files.require_description(path, folder / _PIECES_FILE)
   description = vocabulary_files.parse_json_object(
       vocabulary_files.read(path), path
   )

@@ -17,6 +17,31 @@ from codet5p_jax import errors
 _MERGES_HEADER = '#version: 0.2'
 
 
+def require_description(path: pathlib.Path, theirs: pathlib.Path) -> None:
+  """Checks that a folder is one that `Vocabulary.save` wrote.
+
+  Args:
+    path: of its description.
+    theirs: a file that Hugging Face's folders have.
+
+  Raises:
+    UserError: There is no description; says where one comes from.
+  """
+  if path.exists():
+    return
+  if theirs.exists():
+    raise errors.UserError(
+        f'expected a vocabulary folder of this program, found in {path.parent} '
+        f'the files of Hugging Face; run `codet5p convert` on the model they '
+        f'belong to, and give the folder vocabulary/ of its target'
+    )
+  raise errors.UserError(
+      f'expected a vocabulary in {path.parent}, found no {path.name} there; '
+      f'give a folder named vocabulary/ of a corpus, a run or a converted '
+      f'model, or put a copy of one there'
+  )
+
+
 def read(path: str | os.PathLike[str]) -> bytes:
   """Returns a file's content.
 
