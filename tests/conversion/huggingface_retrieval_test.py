@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 
 from codet5p_jax.conversion.remote_code import find_remote_code
-from tests.conversion.exported_folders import (
+
+for name in ('torch', 'transformers'):
+  pytest.importorskip(name)
+
+from tests.conversion.exported_folders import (  # noqa: E402
     BATCH,
     code_kept_in,
     draw,

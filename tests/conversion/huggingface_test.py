@@ -9,7 +9,11 @@ import pytest
 
 from codet5p_jax.conversion.remote_code import find_remote_code
 from tests.conversion import composite_twin
-from tests.conversion.exported_folders import (
+
+for name in ('torch', 'transformers'):
+  pytest.importorskip(name)
+
+from tests.conversion.exported_folders import (  # noqa: E402
     BATCH,
     SOURCE_LENGTH,
     TARGET_LENGTH,
