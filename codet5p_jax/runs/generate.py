@@ -140,10 +140,10 @@ def _mode_for(trained: TrainedModel, mode: str | None) -> str:
     fitting = ['encoder_and_decoder']
     fitting += [m for name, m in _MODE_OF.items() if name in trained_for]
   else:
-    fitting = [m for m in MODES if m != 'encoder_and_decoder']
-    if trained_for == ['sequence_to_sequence']:
-      fitting.remove('encoder_decoder')
-      fitting.insert(0, 'encoder_decoder')
+    answers = trained_for == ['sequence_to_sequence']
+    default = 'encoder_decoder' if answers else 'decoder_only'
+    aside = (default, 'encoder_and_decoder')
+    fitting = [default, *(m for m in MODES if m not in aside)]
   if mode is None:
     return fitting[0]
   if mode not in fitting:

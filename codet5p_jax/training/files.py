@@ -22,6 +22,10 @@ class UnreadableFile(UserError):
   """A file is there, but not what was written: cut short, or overwritten."""
 
 
+class ForeignFile(UnreadableFile):
+  """JSON of another program."""
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
   """Writes a JSON file with a `format_version`, atomically.
 
@@ -74,7 +78,8 @@ def read_json(path: Path) -> dict[str, Any]:
   """Reads a JSON file that `write_json` wrote; drops its `format_version`.
 
   Raises:
-    UnreadableFile: the file is no JSON object with a `format_version`.
+    UnreadableFile: the file is no JSON.
+    ForeignFile: it is no object with a `format_version`.
     UserError: the file is missing, or was written by a newer version of this
       program.
   """
@@ -91,7 +96,7 @@ def read_json(path: Path) -> dict[str, Any]:
     ) from error
   version = content.get('format_version') if isinstance(content, dict) else None
   if type(version) is not int:
-    raise UnreadableFile(
+    raise ForeignFile(
         f'expected a JSON object with a format_version in {path}, found '
         f'none; check the folder given'
     )

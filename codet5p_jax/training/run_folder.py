@@ -26,6 +26,7 @@ from typing import Any
 from codet5p_jax.errors import UserError
 from codet5p_jax.storage import explaining_storage_faults, local_path
 from codet5p_jax.training.files import (
+    ForeignFile,
     read_json,
     write_bytes,
     write_json,
@@ -117,13 +118,14 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     UserError: there is none, it is unreadable, or of a newer version.
   """
   config = RunFolder(local_path(path)).config
-  if config.is_file() and b'"model_type"' in config.read_bytes():
+  try:
+    return read_json(config)
+  except ForeignFile as error:
     raise UserError(
-        f'expected the folder of a run or a converted model, found in '
-        f'{config.parent} one in the layout of Hugging Face; run `codet5p '
-        f'convert` on it first'
-    )
-  return read_json(config)
+        f'expected the folder of a run or a converted model, found in {config} '
+        f'no format_version; if {config.parent} is in the layout of Hugging '
+        f'Face, run `codet5p convert` on it first'
+    ) from error
 
 
 def check_config(

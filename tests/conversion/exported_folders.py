@@ -1,6 +1,6 @@
 """Folders as the exporter makes them, loaded as users do.
 
-Skips tests without torch and transformers.
+Needs torch and transformers: tests skip without them before they import it.
 """
 
 import contextlib
@@ -10,12 +10,11 @@ import sys
 
 import numpy as np
 import pytest
+import safetensors.numpy as safetensors_numpy
+import torch
+import transformers
 
 from codet5p_jax.conversion.remote_code import find_remote_code
-
-torch = pytest.importorskip('torch')
-transformers = pytest.importorskip('transformers')
-safetensors_numpy = pytest.importorskip('safetensors.numpy')
 
 BATCH, SOURCE_LENGTH, TARGET_LENGTH = 3, 7, 5
 

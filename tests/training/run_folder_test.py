@@ -179,6 +179,14 @@ def test_a_folder_of_a_newer_version_is_refused(tmp_path):
     open_run_folder(tmp_path, {})
 
 
+def test_a_folder_of_another_program_is_told_to_be_converted(tmp_path):
+  (tmp_path / 'config.json').write_text('{"model_type": "t5"}')
+  with pytest.raises(UserError) as raised:
+    read_config(tmp_path)
+  assert 'no format_version' in str(raised.value)
+  assert 'run `codet5p convert` on it first' in str(raised.value)
+
+
 def test_metrics_are_on_disk_after_each_row(tmp_path):
   path = tmp_path / 'metrics.jsonl'
   for step in (1, 2):
