@@ -8,7 +8,9 @@ SHELL := /bin/bash
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 VERSION := $(shell $(PYTHON) -c \
   'import sys; print("%d.%d" % sys.version_info[:2])')
-PIP := .venv/bin/pip --disable-pip-version-check install --quiet \
+# Compiling every module takes longer than all else of the installation; Python
+# compiles those that it imports.
+PIP := .venv/bin/pip --disable-pip-version-check install --quiet --no-compile \
   --constraint constraints.txt
 CODET5P := .venv/bin/codet5p
 
@@ -50,7 +52,8 @@ pretrain: .venv/installed-$(VERSION)
 test: .venv/tests-installed-$(VERSION)
 	# Compiling takes most of the time, and uses one core.
 	JAX_PLATFORMS=cpu .venv/bin/python -m pytest --cov --cov-report=term \
-	  --cov-fail-under=90 --numprocesses=auto --maxprocesses=4 --dist=loadfile
+	  --cov-fail-under=90 --numprocesses=auto --maxprocesses=4 \
+	  --dist=loadfile --no-loadscope-reorder
 	.venv/bin/lint-imports
 
 lint: .venv/tests-installed-$(VERSION)

@@ -29,6 +29,14 @@ import pytest
 jnp.zeros(1).block_until_ready()
 os.environ['XLA_FLAGS'] = FLAGS
 
+# Whole runs, and steps on several meshes: half of the time of all tests.
+SLOW_FOLDERS = ('runs', 'training')
+
+
+def pytest_collection_modifyitems(items):
+  """Begins with what is slow, so that no worker is left with it at the end."""
+  items.sort(key=lambda item: item.path.parent.name not in SLOW_FOLDERS)
+
 
 def _random_parameters(model, seed=0):
   """Returns parameters that hide nothing, without compiling `init_params`.
