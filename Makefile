@@ -16,7 +16,7 @@ CODET5P := .venv/bin/codet5p
 
 RUN_DIR ?= runs/pretrain
 CORPUS_DIR ?= runs/corpus
-TRAIN_STEPS ?= 1500
+TRAIN_STEPS ?= 2000
 
 # Without compiled modules, importing TensorFlow takes three times as long.
 unexport PYTHONDONTWRITEBYTECODE
