@@ -80,6 +80,13 @@ def storage_fault(error: BaseException | None) -> str | None:
   return None
 
 
+def is_damage(error: OSError) -> bool:
+  """Whether what cannot be read is at fault, not this machine or the mount."""
+  # Libraries raise these without a number.
+  kinds = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+  return isinstance(error, kinds) or error.errno in (errno.EIO, errno.ELOOP)
+
+
 @contextlib.contextmanager
 def explaining_storage_faults(what: str, advice: str) -> Iterator[None]:
   """Turns a full disk or an unwritable folder into one line for the user.

@@ -39,7 +39,8 @@ def whole_or_nothing(target: Path) -> Iterator[Path]:
   require_free(target)
   partial = target.with_name(f'{target.name}.partial')
   with explaining_storage_faults(
-      f'cannot write {target}', 'free space or choose another folder'
+      f'cannot write {target}',
+      'free space, mend its permissions or choose another folder',
   ):
     try:
       if partial.exists():

@@ -4,6 +4,7 @@ Everything here works on a mounted file system. A bucket is reached by
 mounting it; nothing in this module knows of `gs://`.
 """
 
+import errno
 import json
 import os
 import uuid
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from codet5p_jax.errors import UserError
+from codet5p_jax.storage import is_damage
 
 # Of every JSON file in a run folder. Raise it when a reader of the former
 # version would misread the new one.
@@ -74,6 +76,26 @@ def write_bytes(path: Path, content: bytes) -> None:
     raise
 
 
+def sync(path: Path) -> None:
+  """Has a file, or the names in a folder, outlive a power cut; if it is there.
+
+  Raises:
+    OSError: the disk fails.
+  """
+  try:
+    descriptor = os.open(path, os.O_RDONLY)
+  except FileNotFoundError:
+    return
+  try:
+    os.fsync(descriptor)
+  except OSError as error:
+    # Some network file systems do not know this of folders.
+    if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+      raise
+  finally:
+    os.close(descriptor)
+
+
 def read_json(path: Path) -> dict[str, Any]:
   """Reads a JSON file that `write_json` wrote; drops its `format_version`.
 
@@ -90,6 +112,10 @@ def read_json(path: Path) -> dict[str, Any]:
         f'expected the file {path}, found none; check the folder given'
     ) from error
   except (ValueError, OSError) as error:
+    if isinstance(error, OSError) and not is_damage(error):
+      raise UserError(
+          f'cannot read {path}: {error}; mend that, and try again'
+      ) from error
     raise UnreadableFile(
         f'expected JSON in {path}, found something unreadable ({error}); '
         f'restore the file from a copy'
