@@ -34,6 +34,7 @@ from codet5p_jax.training.checkpoints.layout import (
     unstack_leaves,
 )
 from codet5p_jax.training.checkpoints.save import Checkpoints
+from codet5p_jax.training.distributed import agree
 from codet5p_jax.training.train_step import TrainState, TrainStep
 
 
@@ -118,24 +119,42 @@ class Frozen:
 
 
 def first_state(
-    initialisation: Initialisation, train_step: TrainStep, saved: Checkpoints
+    initialisation: Initialisation,
+    train_step: TrainStep,
+    saved: Checkpoints,
+    step: int | None = None,
 ) -> tuple[TrainState, Frozen]:
-  """The newest checkpoint's state, or a first one; and what is frozen.
+  """The newest whole checkpoint's state, or a first one; and what is frozen.
+
+  The newest one is that of the run that owns the folder: newer ones that are
+  damaged are set aside, see `Checkpoints.resume`.
+
+  Args:
+    initialisation: see `plan_first_state`.
+    train_step: of the run.
+    saved: of the run.
+    step: of the checkpoint, 0 for a first state; None for the newest.
 
   Raises:
-    UserError: a source or the checkpoint is damaged, or the checkpoint was
+    UserError: a source or every checkpoint is damaged, or the checkpoint was
       trained beside other frozen parameters.
   """
-  target, resumes = train_step.abstract_state, saved.latest_step() is not None
-  frozen = Frozen()
+  if step is None:
+    saved.require_fresh()
+    resumes = saved.newest_step() is not None
+  else:
+    resumes = step > 0
+  target, frozen = train_step.abstract_state, Frozen()
   if initialisation.origins:
     names = train_step.axis_names
     given, digests = load_given(initialisation, target.frozen_params, names)
     if digests:
       frozen = Frozen(join_digests(digests.items()), digests)
     if not resumes:
-      more, _ = load_given(initialisation, target.params, names)
+      more, trained = load_given(initialisation, target.params, names)
+      _agree_upon(digests | trained)
       return train_step.init({**given, **more}), frozen
+    _agree_upon(digests)
     target = dataclasses.replace(target, frozen_params=nest(given))
   elif not resumes or jax.tree.leaves(target.frozen_params):
     target = train_step.init({})
@@ -143,10 +162,19 @@ def first_state(
       frozen = Frozen(fingerprint_tree(target.frozen_params))
     if not resumes:
       return target, frozen
-  state, _, _ = saved.restore(
-      None, target, frozen_fingerprint=frozen.fingerprint
-  )
+  if step is None:
+    restored = saved.resume(target, frozen_fingerprint=frozen.fingerprint)
+  else:
+    restored = saved.restore(
+        step, target, frozen_fingerprint=frozen.fingerprint
+    )
+  state, _, _ = restored
   return state, frozen
+
+
+def _agree_upon(digests: Mapping[str, str]) -> None:
+  """Every process reads the sources, which may lie on a disk of its own."""
+  agree({'weights in INIT_FROM': join_digests(digests.items())})
 
 
 def load_given(

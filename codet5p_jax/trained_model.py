@@ -17,10 +17,7 @@ from codet5p_jax.sharding import make_mesh
 from codet5p_jax.storage import local_path
 from codet5p_jax.training.checkpoints.fingerprint import join_digests
 from codet5p_jax.training.checkpoints.layout import nest, stack_leaves
-from codet5p_jax.training.checkpoints.restore import (
-    abstract_leaves,
-    read_metadata,
-)
+from codet5p_jax.training.checkpoints.restore import abstract_leaves
 from codet5p_jax.training.checkpoints.weights import SavedWeights
 from codet5p_jax.training.optimizers import SGD
 from codet5p_jax.training.partition import merge_params, partition_params
@@ -85,13 +82,7 @@ def load_trained_model(
   folder = RunFolder(local_path(run_dir))
   config = rebuild(read_config(run_dir))
   step_config = _step_config(config, tuple(mesh_shape), batch_size, dtype)
-  vocabulary = load_vocabulary(folder.vocabulary)
-  if vocabulary.fingerprint != config['vocabulary_fingerprint']:
-    raise UserError(
-        f'expected in {folder.vocabulary} the vocabulary that the run was '
-        f'trained with ({config["vocabulary_fingerprint"][:16]}), found '
-        f'another ({vocabulary.fingerprint[:16]}); put back its own'
-    )
+  vocabulary = load_own_vocabulary(folder, config)
   train_step = make_train_step(step_config, make_mesh(mesh_shape))
   if folder.model.exists():
     params, frozen, step = _from_weights(folder, train_step, init_from, config)
@@ -102,14 +93,37 @@ def load_trained_model(
   )
 
 
+def load_own_vocabulary(
+    folder: RunFolder, config: Mapping[str, Any]
+) -> Vocabulary:
+  """Reads the vocabulary in a run folder.
+
+  Raises:
+    UserError: it is not the one that config.json tells of.
+  """
+  vocabulary = load_vocabulary(folder.vocabulary)
+  if vocabulary.fingerprint != config['vocabulary_fingerprint']:
+    raise UserError(
+        f'expected in {folder.vocabulary} the vocabulary that the run was '
+        f'trained with ({config["vocabulary_fingerprint"][:16]}), found '
+        f'another ({vocabulary.fingerprint[:16]}); put back its own'
+    )
+  return vocabulary
+
+
+def step_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields of StepConfig among those of config.json; a run has all."""
+  fields = {field.name for field in dataclasses.fields(StepConfig)}
+  return {name: value for name, value in config.items() if name in fields}
+
+
 def _step_config(
     config: Mapping[str, Any],
     mesh_shape: tuple[int, ...],
     batch_size: int | None,
     dtype: str | None,
 ) -> StepConfig:
-  fields = {field.name for field in dataclasses.fields(StepConfig)}
-  values = {name: x for name, x in config.items() if name in fields}
+  values = step_settings(config)
   if 'objectives' not in values:  # A converted model was trained elsewhere.
     values |= {
         'objectives': (),
@@ -197,8 +211,7 @@ def _from_checkpoint(
   with Checkpoints(folder.checkpoints) as saved:
     if jax.tree.leaves(target.frozen_params) and saved.steps():
       if init_from is None:
-        metadata = read_metadata(saved.step_dir(saved.latest_step()))
-        init_from = metadata['init_from']
+        init_from = saved.metadata(saved.latest_step())['init_from']
       if not any(entry[0] != FRESH for entry in init_from):
         raise UserError(
             f'expected the weights of a finished run in {folder.model}, found '

@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import numpy as np
+
 from codet5p_jax.errors import UserError
 
 # {path: {'shape': [...], 'dtype': 'float32'}}, as it stands in metadata.
@@ -56,6 +59,23 @@ def require_same_leaves(
         f'expected in {where} the arrays of this model and optimizer, found '
         f'{"; ".join(differences)}; use the configuration that wrote it, or '
         f'another checkpoint'
+    )
+
+
+def require_shared(path: str, leaf: Any) -> None:
+  """Refuses what Orbax saves from process 0 alone, without a word.
+
+  Raises:
+    ValueError: it is no array, or one of this process alone.
+  """
+  if not isinstance(leaf, jax.Array | np.ndarray):
+    raise ValueError(f'expected an array at {path}, found {type(leaf)}')
+  if jax.process_count() > 1 and (
+      not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+  ):
+    raise ValueError(
+        f'expected an array over all processes at {path}, found one of this '
+        f'process alone'
     )
 
 

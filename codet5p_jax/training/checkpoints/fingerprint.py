@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from codet5p_jax.array_typing import Tree
 from codet5p_jax.training.checkpoints.layout import iterate_layers
@@ -19,19 +20,17 @@ def fingerprint_tree(tree: Tree) -> str:
 
   Scanned and unrolled layers give the same fingerprint, and so do arrays of
   any sharding and numpy's. At most one layer of one leaf is on the host at a
-  time.
+  time. Where parts of it are on other processes, all of them call it.
 
   Args:
     tree: a pytree of arrays.
 
   Returns:
     64 hexadecimal digits.
-
-  Raises:
-    ValueError: a leaf has parts on the devices of other processes.
   """
   return join_digests(
-      (path, digest_array(path, array)) for path, array in iterate_layers(tree)
+      (path, digest_array(path, _whole(array)))
+      for path, array in iterate_layers(tree)
   )
 
 
@@ -58,3 +57,12 @@ def join_digests(digests: Iterable[tuple[str, str]]) -> str:
   # Sorted, so that the order of leaves in memory plays no part.
   lines = sorted(f'{path} {digest}' for path, digest in digests)
   return hashlib.sha256('\n'.join([_RECIPE, *lines]).encode()).hexdigest()
+
+
+def _whole(array: Any) -> Any:
+  """The array, with what other processes have of it."""
+  if isinstance(array, jax.Array) and not array.is_fully_addressable:
+    # On CPUs, the gathering may wait for ever for what is still being computed.
+    jax.block_until_ready(array)
+    return multihost_utils.process_allgather(array, tiled=True)
+  return array

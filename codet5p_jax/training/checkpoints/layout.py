@@ -98,7 +98,7 @@ def stack_layers(tree: Tree, like: Tree) -> Tree:
 def unstack_leaves(leaves: Leaves) -> Leaves:
   """As `unstack_layers`, on {path: leaf}."""
   unstacked = {}
-  for path, layer_paths in _plan(leaves).items():
+  for path, layer_paths in plan_layers(leaves).items():
     if layer_paths is None:
       parts = {path: leaves[path]}
     else:
@@ -117,7 +117,7 @@ def stack_leaves(leaves: Leaves, like: Tree) -> Tree:
   """
   targets = flatten(like)
   restored = []
-  for path, layer_paths in _plan(targets).items():
+  for path, layer_paths in plan_layers(targets).items():
     paths = (path,) if layer_paths is None else layer_paths
     missing = [name for name in paths if name not in leaves]
     if missing:
@@ -134,7 +134,7 @@ def stack_leaves(leaves: Leaves, like: Tree) -> Tree:
 def iterate_layers(tree: Tree) -> Iterator[tuple[str, Any]]:
   """Yields (path, array) as in a checkpoint, one array at a time."""
   leaves = flatten(tree)
-  for path, layer_paths in _plan(leaves).items():
+  for path, layer_paths in plan_layers(leaves).items():
     if layer_paths is None:
       yield path, leaves[path]
       continue
@@ -145,7 +145,7 @@ def iterate_layers(tree: Tree) -> Iterator[tuple[str, Any]]:
         yield name, leaves[path][index]
 
 
-def _plan(leaves: Leaves) -> dict[str, tuple[str, ...] | None]:
+def plan_layers(leaves: Leaves) -> dict[str, tuple[str, ...] | None]:
   """Returns the paths of each leaf's layers, None where it is no stack.
 
   The leaves under one `layers` key are a stack if they share their leading

@@ -1,77 +1,163 @@
 """The checkpoints of a run: saved beside the training, restored strictly."""
 
+import concurrent.futures
 import contextlib
+import dataclasses
 import json
+import logging
 import os
-import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from codet5p_jax.errors import UserError
 from codet5p_jax.storage import explaining_storage_faults, local_path
+from codet5p_jax.training.checkpoints.agreement import raising_together
+from codet5p_jax.training.checkpoints.description import (
+    Description,
+    require_shared,
+)
 from codet5p_jax.training.checkpoints.layout import (
-    Leaves,
     flatten,
     nest,
     unstack_leaves,
 )
+from codet5p_jax.training.checkpoints.orbax_manager import (
+    Manager,
+    open_manager,
+)
 from codet5p_jax.training.checkpoints.restore import (
     ARRAY_ITEMS,
+    array_leaves,
     describe_items,
+    find_fault,
+    is_listed_by_orbax,
     read_metadata,
     restore_step,
 )
+from codet5p_jax.training.checkpoints.steps import (
+    DAMAGED,
+    committed_steps,
+    remove_unfinished,
+    set_aside,
+)
+from codet5p_jax.training.checkpoints.sums import collect_sums, dispatch_sums
 from codet5p_jax.training.checkpoints.verify import (
     BOOKKEEPING,
     DamagedCheckpoint,
     complete_checksums,
+    size_on_disk,
     verify,
     write_checksums,
 )
+from codet5p_jax.training.distributed import as_first_process, on_first_process
 from codet5p_jax.training.files import FORMAT_VERSION
+
+_logger = logging.getLogger(__name__)
 
 # Keys of the metadata that `save` writes itself.
 _OWN_METADATA = ('format_version', 'step', 'arrays')
+
+# Between looks at whether a save has failed, for who waits for its end.
+_LOOK_SECONDS = 0.5
+
+# Damaged steps named in one message.
+_NAMED = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class SaveCost:
+  """What a save cost.
+
+  Attributes:
+    step: that was saved.
+    bytes: of all files of the step.
+    waited_seconds: that the training stood still, in the call of `save`.
+    seconds: from that call until the step was committed.
+  """
+
+  step: int
+  bytes: int
+  waited_seconds: float
+  seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Save:
+  """A save under way.
+
+  Attributes:
+    step: that is saved.
+    arrays: by `item/path`, as `describe_items` describes them, and their
+      `sums`.
+    leaves_frozen: the state has parameters that are not saved.
+    started: time of the call, of the monotonic clock.
+  """
+
+  step: int
+  arrays: Description
+  leaves_frozen: bool
+  started: float
 
 
 class Checkpoints:
   """The checkpoints of a run, one folder per step; owns the save under way.
 
-  A step holds the items trainable, optimizer and objective_state (arrays, one
-  per layer), cursor and metadata (JSON), and `checksums.json`. Frozen
-  parameters are never saved: metadata keeps their fingerprint.
+  A step holds the items trainable, optimizer, objective_state and health
+  (arrays, one per layer), cursor and metadata (JSON), and `checksums.json`.
+  Frozen parameters are never saved: metadata keeps their fingerprint.
 
   Every process of a run makes the same calls in the same order. Reading calls
-  create nothing, so a folder can be read while another program writes it.
+  create nothing, so a folder can be read while another program writes it. Only
+  `save` and `resume` change it: they belong to the run that owns the folder.
+
+  Attributes:
+    folder: of all steps, absolute.
   """
 
   def __init__(
-      self, folder: str | os.PathLike, *, max_to_keep: int | None = None
+      self,
+      folder: str | os.PathLike,
+      *,
+      max_to_keep: int | None = None,
+      keep_every: int | None = None,
+      tell: Callable[..., None] = lambda event, **details: None,
   ):
     """Opens a folder, which may not exist yet.
 
     Args:
       folder: of all steps, on a file system that all processes see.
       max_to_keep: newest steps that a save leaves; None keeps all.
+      keep_every: steps that are multiples of it are kept for good; None for
+        none.
+      tell: `Timeline.event`; hears of each "checkpoint" what `SaveCost` says,
+        once it is known to be committed and verified, and of each
+        "damaged_checkpoint" its step and fault.
 
     Raises:
-      UserError: `max_to_keep` is less than 1, or the folder a bucket.
+      UserError: a number is less than 1, or the folder a bucket.
     """
     if max_to_keep is not None and max_to_keep < 1:
       raise UserError(
           f'expected to keep at least 1 checkpoint, found {max_to_keep}; set '
           f'a larger number, or None to keep all'
       )
+    if keep_every is not None and keep_every < 1:
+      raise UserError(
+          f'expected to keep checkpoints every 1 or more steps, found '
+          f'{keep_every}; set a larger number, or None to keep none for good'
+      )
     self.folder = local_path(folder)
     self._max_to_keep = max_to_keep
-    self._manager: ocp.CheckpointManager | None = None
-    self._step_under_way: int | None = None
+    self._keep_every = keep_every
+    self._tell = tell
+    self._manager: Manager | None = None
+    self._save: _Save | None = None
+    self._commit: concurrent.futures.Future[SaveCost | None] | None = None
 
   def __enter__(self) -> 'Checkpoints':
     return self
@@ -81,19 +167,23 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Returns the committed steps, ascending; half-written ones are none."""
-    if not self.folder.is_dir():
-      return []
-    # Orbax commits by renaming to the bare number. Its own list would hold
-    # the step under way too.
-    return sorted(
-        int(path.name)
-        for path in self.folder.iterdir()
-        if path.name.isdecimal() and path.is_dir()
-    )
+    # Orbax's own list would hold the step under way too.
+    return committed_steps(self.folder)
 
   def latest_step(self) -> int | None:
     """Returns the newest committed step, None if there is none."""
     return max(self.steps(), default=None)
+
+  def newest_step(self, before: int | None = None) -> int | None:
+    """Returns the newest step, as process 0 sees the folder.
+
+    Every process calls it.
+
+    Args:
+      before: only steps before this one count.
+    """
+    steps = [x for x in self.steps() if before is None or x < before]
+    return as_first_process(max(steps, default=None))
 
   def step_dir(self, step: int) -> Path:
     """Returns the folder of a step."""
@@ -109,7 +199,9 @@ class Checkpoints:
     """Copies the state to the host and writes it in the background.
 
     First waits for the save before. While it copies, the stacked arrays need
-    their device memory once more.
+    their device memory once more. The step is committed only when Orbax lists
+    exactly the arrays that it was given; afterwards its files are compared
+    with their checksums, and one line is logged.
 
     Args:
       step: updates made, equal to `state.step`.
@@ -120,18 +212,26 @@ class Checkpoints:
 
     Raises:
       UserError: this save or the one before found the disk full or the folder
-        not writable, or the folder holds this step or a later one. Steps
-        saved before are whole.
+        not writable, or the one before is damaged, or the folder holds this
+        step or a later one. Steps saved before are whole.
       ValueError: the arguments contradict each other, or an array is not one
         that Orbax saves rightly from several processes.
     """
+    started = time.monotonic()
     self.wait_until_finished()
+    self._check_arguments(step, state, cursor, metadata)
+    # On their way before the arrays are copied, so that the copy, which waits
+    # for the devices anyway, waits for them too.
+    sums = dispatch_sums(array_leaves(state))
     items = {
-        item: flatten(getattr(state, field))
+        item: unstack_leaves(flatten(getattr(state, field)))
         for item, field in ARRAY_ITEMS.items()
     }
-    self._check_arguments(step, state, cursor, metadata, items)
-    items = {item: unstack_leaves(leaves) for item, leaves in items.items()}
+    arrays = describe_items(items)
+    summed = {
+        path: {**arrays[path], 'sums': pair}
+        for path, pair in collect_sums(sums).items()
+    }
     arguments = {
         item: ocp.args.StandardSave(nest(leaves))
         for item, leaves in items.items()
@@ -144,14 +244,12 @@ class Checkpoints:
         'format_version': FORMAT_VERSION,
         'step': step,
         **metadata,
-        'arrays': describe_items(items),
+        'arrays': summed,
     })
-    with self._explaining_faults(step):
-      if self._manager is None:
-        self._manager = self._open_manager()
-      self._step_under_way = step
-      # Forced: what is to be saved, the caller decides.
-      self._manager.save(step, args=ocp.args.Composite(**arguments), force=True)
+    self._start(
+        _Save(step, summed, bool(flatten(state.frozen_params)), started),
+        ocp.args.Composite(**arguments),
+    )
 
   def restore(
       self,
@@ -178,30 +276,80 @@ class Checkpoints:
     self.wait_until_finished()
     steps = self.steps()
     step = max(steps, default=None) if step is None else step
-    if step not in steps:
-      raise UserError(
-          f'expected {"a checkpoint" if step is None else f"step {step}"} in '
-          f'{self.folder}, found {f"steps {steps}" if steps else "none"}; '
-          f'check the folder and the step'
-      )
-    if flatten(abstract_state.frozen_params) and frozen_fingerprint is None:
-      raise ValueError('frozen parameters need their frozen_fingerprint')
-    try:
+    self._require_step(step, steps)
+    with self._advising(step):
       return restore_step(
           self.step_dir(step), abstract_state, frozen_fingerprint
       )
-    except DamagedCheckpoint as error:
-      raise DamagedCheckpoint(
-          error.folder, error.fault, self._advice(step)
-      ) from error
 
-  def metadata(self, step: int) -> dict[str, Any]:
-    """Returns the metadata of a committed step.
+  def resume(
+      self, abstract_state: Any, *, frozen_fingerprint: str | None = None
+  ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Restores the newest whole step, for the run that owns the folder.
+
+    Damaged steps that are newer are set aside in `damaged/`, with one line
+    logged for each, once a whole one is found and restored. If there is none,
+    all stay where they are: the next start must not take the folder for that
+    of a new run.
+
+    Args:
+      abstract_state: see `restore_step`.
+      frozen_fingerprint: of this run's frozen parameters, None without any.
+
+    Returns:
+      As `restore`.
 
     Raises:
+      UserError: there is no whole step, or the newest whole one does not fit;
+        or what is damaged cannot be moved.
+    """
+    self.close()
+    faults: dict[int, str] = {}
+    while (step := self.newest_step(min(faults, default=None))) is not None:
+      try:
+        restored = restore_step(
+            self.step_dir(step), abstract_state, frozen_fingerprint
+        )
+      except DamagedCheckpoint as error:
+        # Not the error itself, which would hold the arrays read so far.
+        faults[step] = error.fault
+        continue
+      with raising_together(self.folder):
+        if jax.process_index() == 0:
+          for damaged, fault in faults.items():
+            self._set_aside(damaged, fault, f'step {step} is used instead')
+      return restored
+    self._require_step(None, sorted(faults))
+    raise UserError(
+        f'expected a whole checkpoint in {self.folder}, found damage in all '
+        f'({_list_faults(faults)}); restore one from a copy, or move them away '
+        f'to start anew'
+    )
+
+  def require_fresh(self) -> None:
+    """Checks that a run without a checkpoint has not lost those it had.
+
+    Raises:
+      UserError: the folder has damaged checkpoints and no others.
+    """
+    shelf = self.folder / DAMAGED
+    if not self.steps() and shelf.is_dir() and any(shelf.iterdir()):
+      raise UserError(
+          f'expected a checkpoint in {self.folder}, found damaged ones alone, '
+          f'in {shelf}; restore one from a copy, or move that folder away to '
+          f'start anew'
+      )
+
+  def metadata(self, step: int) -> dict[str, Any]:
+    """Returns the metadata of a committed step, without verifying the rest.
+
+    Raises:
+      DamagedCheckpoint: they are missing or unreadable.
       UserError: there is no such step, or a newer version wrote it.
     """
-    return read_metadata(self.step_dir(step))
+    self._require_step(step, self.steps())
+    with self._advising(step):
+      return read_metadata(self.step_dir(step))
 
   def check_for_errors(self) -> None:
     """Raises what went wrong in the background, without waiting.
@@ -209,23 +357,28 @@ class Checkpoints:
     Raises:
       UserError: as `save`.
     """
-    if self._manager is not None and not self._manager.is_saving_in_progress():
+    has_failed = self._manager is not None and self._manager.fault is not None
+    if self._commit is not None and (self._commit.done() or has_failed):
       self.wait_until_finished()
 
   def wait_until_finished(self) -> None:
-    """Waits until the save under way is committed, with its checksums.
+    """Waits until the save under way is committed and verified.
 
     Raises:
       UserError: as `save`.
     """
-    step = self._step_under_way
-    if self._manager is None or step is None:
+    if self._commit is None:
       return
-    with self._explaining_faults(step):
-      self._manager.wait_until_finished()
-      if jax.process_index() == 0:
-        complete_checksums(self.step_dir(step))
-      self._step_under_way = None
+    with self._explaining_faults():
+      while True:
+        with contextlib.suppress(concurrent.futures.TimeoutError):
+          cost = self._commit.result(_LOOK_SECONDS)
+          break
+        if self._manager.fault is not None and jax.process_count() > 1:
+          raise self._manager.fault
+    self._commit = self._save = None
+    if cost is not None:
+      self._tell('checkpoint', **dataclasses.asdict(cost))
 
   def close(self) -> None:
     """Waits for the save under way and frees what belongs to it.
@@ -238,41 +391,99 @@ class Checkpoints:
       self._manager.close()
       self._manager = None
 
-  def _open_manager(self) -> ocp.CheckpointManager:
-    if jax.process_index() == 0:
-      _remove_unfinished(self.folder)
-    return ocp.CheckpointManager(
-        self.folder,
-        options=ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.LatestN(
-                n=self._max_to_keep
-            ),
-            # What killed or failed saves left.
-            cleanup_tmp_directories=True,
-            async_options=ocp.options.AsyncOptions(
-                post_finalization_callback=self._sign_step
-            ),
-        ),
+  def _start(self, save: _Save, arguments: ocp.args.Composite) -> None:
+    """Copies to the host, and leaves the rest to threads."""
+    self._save = save
+    with self._explaining_faults():
+      if self._manager is None:
+        self._manager = self._open_manager()
+      # Forced: what is to be saved, the caller decides.
+      self._manager.save(save.step, args=arguments, force=True)
+      waited = time.monotonic() - save.started
+      thread = concurrent.futures.ThreadPoolExecutor(1)
+      self._commit = thread.submit(self._finish, self._manager, save, waited)
+      thread.shutdown(wait=False)  # Takes no more, and ends with this one.
+
+  def _open_manager(self) -> Manager:
+    on_first_process(self._clear_folder)
+    return open_manager(
+        self.folder, self._max_to_keep, self._keep_every, self._sign_step
     )
+
+  def _clear_folder(self) -> None:
+    """Removes what would keep Orbax from opening the folder."""
+    remove_unfinished(self.folder)
+    for step in self.steps():
+      if is_listed_by_orbax(self.step_dir(step)):
+        continue
+      try:
+        verify(self.step_dir(step))
+      except DamagedCheckpoint as error:
+        self._set_aside(step, error.fault)
+      else:
+        # A kill, and a power cut, came before it was listed: Orbax had not
+        # written it for good, and does without.
+        (self.step_dir(step) / '_CHECKPOINT_METADATA').unlink()
 
   def _sign_step(self) -> None:
-    """Writes the checksums of the step under way; Orbax calls it on process 0.
+    """Proves and signs the step under way; Orbax calls it on process 0.
 
     Orbax calls it when all items are complete and before it renames the
-    folder: no step is ever committed without checksums, and none before is
-    deleted until the new one has them.
+    folder: no step is ever committed that lacks an array or checksums, and
+    none before is deleted until the new one has them.
     """
-    (unfinished,) = self.folder.glob(
-        f'{self._step_under_way}.orbax-checkpoint-tmp*'
-    )
+    save = self._save
+    (unfinished,) = self.folder.glob(f'{save.step}.orbax-checkpoint-tmp*')
+    fault = find_fault(unfinished, save.arrays)
+    if fault is not None:
+      raise DamagedCheckpoint(
+          self.step_dir(save.step),
+          fault,
+          f'it was not committed, go on from {self._described_latest()}',
+      )
     write_checksums(unfinished, leave_out=BOOKKEEPING)
 
+  def _finish(
+      self, manager: Manager, save: _Save, waited: float
+  ) -> SaveCost | None:
+    """Waits for the commit, verifies it and tells of it; runs in a thread.
+
+    Returns:
+      On the first process what it cost. Others may not see the folder yet.
+    """
+    manager.wait_until_finished()
+    seconds = time.monotonic() - save.started
+    if jax.process_index() != 0:
+      return None
+    folder = self.step_dir(save.step)
+    complete_checksums(folder)
+    try:
+      verify(folder)
+    except DamagedCheckpoint as error:
+      raise DamagedCheckpoint(
+          folder,
+          error.fault,
+          'it was only just written, so check the disk; a run that starts '
+          'again goes on from the newest whole one',
+      ) from error
+    cost = SaveCost(save.step, size_on_disk(folder), waited, seconds)
+    _logger.info(
+        'Checkpoint of step %d: %.1f MB in %.2f s, of which training waited '
+        '%.2f s%s.',
+        cost.step,
+        cost.bytes / 1e6,
+        cost.seconds,
+        cost.waited_seconds,
+        ' (frozen parameters are not in it)' if save.leaves_frozen else '',
+    )
+    return cost
+
   @contextlib.contextmanager
-  def _explaining_faults(self, step: int) -> Iterator[None]:
+  def _explaining_faults(self) -> Iterator[None]:
     """Turns faults of the disk into UserError, and lets a save be retried."""
     with explaining_storage_faults(
-        f'cannot write checkpoint {self.step_dir(step)}',
-        f'free space or choose another folder, then go on from '
+        f'cannot write checkpoint {self.step_dir(self._save.step)}',
+        f'free space or mend its permissions, then go on from '
         f'{self._described_latest()}',
     ):
       try:
@@ -288,11 +499,50 @@ class Checkpoints:
     was about to delete.
     """
     manager, self._manager = self._manager, None
-    self._step_under_way = None
-    if manager is not None:
-      # A second error would hide the one that is being raised.
-      with contextlib.suppress(Exception):
-        manager.close()
+    self._commit = self._save = None
+    # Of several processes this one is about to end, and the others with it.
+    if manager is not None and jax.process_count() == 1:
+      # A second error would hide the one that is being raised. Waiting raises
+      # once in every thread, and only then everything is closed.
+      for end in (manager.wait_until_finished, manager.close):
+        with contextlib.suppress(Exception):
+          end()
+
+  def _set_aside(self, step: int, fault: str, consequence: str = '') -> None:
+    """Moves a damaged step away, and says so in one line."""
+    folder = self.step_dir(step)
+    with explaining_storage_faults(
+        f'cannot set aside the damaged checkpoint {folder}',
+        'mend the permissions of its folder, or move it away',
+    ):
+      place = set_aside(folder)
+    self._tell('damaged_checkpoint', step=step, fault=fault)
+    _logger.warning(
+        'Checkpoint %s is damaged: %s; it was put into %s%s.',
+        folder,
+        fault,
+        place,
+        consequence and f', and {consequence}',
+    )
+
+  def _require_step(self, step: int | None, steps: list[int]) -> None:
+    """Raises UserError if a step, or any, is not there."""
+    if not steps or (step is not None and step not in steps):
+      raise UserError(
+          f'expected {"a checkpoint" if step is None else f"step {step}"} in '
+          f'{self.folder}, found {f"steps {steps}" if steps else "none"}; '
+          f'check the folder and the step'
+      )
+
+  @contextlib.contextmanager
+  def _advising(self, step: int) -> Iterator[None]:
+    """Adds to a damage which step to use instead."""
+    try:
+      yield
+    except DamagedCheckpoint as error:
+      raise DamagedCheckpoint(
+          error.folder, error.fault, self._advice(step)
+      ) from error
 
   def _described_latest(self) -> str:
     latest = self.latest_step()
@@ -304,13 +554,10 @@ class Checkpoints:
       with contextlib.suppress(UserError):
         verify(self.step_dir(earlier))
         return (
-            f'the newest whole checkpoint before it is step {earlier}: move '
-            f'the folders of later steps away to go on from there'
+            f'step {earlier} before it is whole; `codet5p train` sets damaged '
+            f'ones aside and goes on from the newest whole one'
         )
-    return (
-        'no whole checkpoint comes before it: restore it from a copy, or '
-        'move it away to start anew'
-    )
+    return 'no whole checkpoint comes before it: restore it from a copy'
 
   def _check_arguments(
       self,
@@ -318,7 +565,6 @@ class Checkpoints:
       state: Any,
       cursor: dict[str, Any],
       metadata: dict[str, Any],
-      items: dict[str, Leaves],
   ) -> None:
     """Finds mistakes before anything is written, see `save`."""
     if int(state.step) != step:
@@ -341,43 +587,12 @@ class Checkpoints:
           f'expected {self.folder} to hold no checkpoint of step {step} or '
           f'later, found step {latest}; move those away, or use another folder'
       )
-    for item, leaves in items.items():
-      for path, leaf in leaves.items():
-        _require_shared(f'{item}/{path}', leaf)
+    for path, leaf in array_leaves(state).items():
+      require_shared(path, leaf)
 
 
-def _remove_unfinished(folder: Path, patience: float = 10.0) -> None:
-  """Removes what killed or failed saves left.
-
-  Orbax does so too, but gives up where a thread of a save that failed in this
-  process is still writing.
-
-  Args:
-    folder: of all steps.
-    patience: seconds to wait for such threads.
-
-  Raises:
-    OSError: something cannot be removed.
-  """
-  deadline = time.monotonic() + patience
-  for path in folder.glob('*.orbax-checkpoint-tmp*'):
-    while path.exists():
-      try:
-        shutil.rmtree(path)
-      except OSError:
-        if time.monotonic() > deadline:
-          raise
-      time.sleep(0.05)
-
-
-def _require_shared(path: str, leaf: Any) -> None:
-  """Refuses what Orbax saves from process 0 alone, without a word."""
-  if not isinstance(leaf, jax.Array | np.ndarray):
-    raise ValueError(f'expected an array at {path}, found {type(leaf)}')
-  if jax.process_count() > 1 and (
-      not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
-  ):
-    raise ValueError(
-        f'expected an array over all processes at {path}, found one of this '
-        f'process alone'
-    )
+def _list_faults(faults: dict[int, str]) -> str:
+  """Returns "step 3: ..., step 2: ..., and 4 more"."""
+  words = [f'step {step}: {fault}' for step, fault in faults.items()]
+  more = len(words) - _NAMED
+  return ', '.join(words[:_NAMED] + ([f'and {more} more'] if more > 0 else []))

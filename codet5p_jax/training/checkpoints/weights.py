@@ -11,7 +11,7 @@ alone: those that only pad them are cut when saved and added when loaded.
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from codet5p_jax.array_typing import Tree
@@ -40,6 +39,7 @@ from codet5p_jax.training.checkpoints.layout import (
 )
 from codet5p_jax.training.checkpoints.restore import abstract_leaves
 from codet5p_jax.training.checkpoints.verify import verify, write_checksums
+from codet5p_jax.training.distributed import on_first_process
 from codet5p_jax.training.files import read_json, write_json
 
 _ARRAYS = 'arrays'
@@ -75,6 +75,7 @@ def save_weights(
       then whole.
   """
   leaves = unstack_leaves(flatten(params))
+  jax.block_until_ready(leaves)  # See `failing_together`.
   write_weights(
       folder,
       ((path, _without_padding(path, leaf, vocab_size))
@@ -117,10 +118,10 @@ def write_weights(
     _replace(folder, temporary)
 
   with explaining_storage_faults(
-      f'cannot write weights {folder}', 'free space or choose another folder'
+      f'cannot write weights {folder}', 'free space or mend its permissions'
   ):
     try:
-      _on_first_process(prepare, 'prepare_weights')
+      on_first_process(prepare)
       with ocp.StandardCheckpointer() as checkpointer:
         for number, group in enumerate(_groups(leaves)):
           checkpointer.save(temporary / _ARRAYS / str(number), nest(group))
@@ -128,7 +129,7 @@ def write_weights(
           for path, entry in describe_leaves(group).items():
             arrays[path] = entry | {'group': number}
           group.clear()  # Or it would be held until the next is made.
-      _on_first_process(finish, 'finish_weights')
+      on_first_process(finish)
     except BaseException:
       shutil.rmtree(temporary, ignore_errors=True)
       raise
@@ -304,10 +305,3 @@ def _replace(folder: Path, temporary: Path) -> None:
 def _readable(folder: Path) -> Path:
   previous = _previous(folder)
   return previous if previous.is_dir() and not folder.exists() else folder
-
-
-def _on_first_process(action: Callable[[], None], name: str) -> None:
-  """Runs an action on process 0 while the others wait."""
-  if jax.process_index() == 0:
-    action()
-  multihost_utils.sync_global_devices(name)

@@ -159,8 +159,7 @@ def test_a_damaged_newest_step_names_the_whole_one_before(states, tmp_path):
     checkpoints.restore(None, target)
   message = str(raised.value)
   assert f'checkpoint {tmp_path}/3 is damaged: trainable/man' in message
-  assert 'whole checkpoint before it is step 1: move the folders' in message
-  # What the message says to do.
+  assert 'step 1 before it is whole; `codet5p train` sets' in message
   for step in (2, 3):
     shutil.move(tmp_path / f'{step}', tmp_path / f'damaged_{step}')
   assert checkpoints.restore(None, target)[2]['step'] == 1
@@ -179,3 +178,34 @@ def test_a_newer_format_is_refused(states, folders, tmp_path):
     Checkpoints(tmp_path).restore(
         7, states.abstract(), frozen_fingerprint=FINGERPRINT
     )
+
+
+def test_a_checkpoint_of_before_bad_steps_begins_their_count_anew(
+    states, tmp_path, caplog
+):
+  """Former versions had a state without `health`."""
+  state = states.make(frozen=False)
+  health = {'bad_in_a_row': np.int32(3), 'losses': {'a': {'mean': np.ones(())}}}
+  target = state.replace(health=states.place(health, (1, 4, 2)))
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(7, state, {}, {})
+    checkpoints.wait_until_finished()
+    assert not (tmp_path / '7' / 'health').exists()
+    with caplog.at_level('INFO', 'codet5p_jax'):
+      restored, _, _ = checkpoints.restore(None, target)
+    zeros = jax.tree.map(np.zeros_like, target.health)
+    states.assert_identical(restored, state.replace(health=zeros))
+    for found, wanted in zip(
+        jax.tree.leaves(restored.health), jax.tree.leaves(target.health)
+    ):
+      assert found.sharding == wanted.sharding
+    [line] = [r.getMessage() for r in caplog.records if 'health' in r.message]
+    assert line == f'{tmp_path}/7 holds no health yet, which begins anew.'
+    # One that has it must have all of it.
+    checkpoints.save(8, target.replace(step=state.step + 1), {}, {})
+    with pytest.raises(UserError, match=r'1 missing \(health/losses/b/mean\)'):
+      checkpoints.restore(
+          8, target.replace(health={**health, 'losses': {
+              name: {'mean': np.ones(())} for name in 'ab'
+          }})
+      )  # fmt: skip

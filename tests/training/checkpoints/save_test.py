@@ -1,7 +1,10 @@
+import concurrent.futures
 import errno
 import functools
 import json
+import logging
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -16,15 +19,24 @@ import pytest
 
 from codet5p_jax.errors import UserError
 from codet5p_jax.training.checkpoints import save as save_module
+from codet5p_jax.training.checkpoints import steps as steps_module
 from codet5p_jax.training.checkpoints.save import Checkpoints
-from codet5p_jax.training.checkpoints.verify import verify
+from codet5p_jax.training.checkpoints.verify import (
+    BOOKKEEPING,
+    DamagedCheckpoint,
+    verify,
+)
 from codet5p_jax.training.train_step import TrainState
 
 FROZEN = {'frozen_fingerprint': 'f' * 64}
 
 
-def _save(folder, states, *steps, max_to_keep=None, **layout):
-  with Checkpoints(folder, max_to_keep=max_to_keep) as checkpoints:
+def _save(
+    folder, states, *steps, max_to_keep=None, keep_every=None, **layout
+):
+  with Checkpoints(
+      folder, max_to_keep=max_to_keep, keep_every=keep_every
+  ) as checkpoints:
     for step in steps:
       state = states.make(step=step, frozen=False, **layout)
       checkpoints.save(step, state, {'row': step}, {})
@@ -36,11 +48,15 @@ def test_frozen_parameters_are_never_saved(states, tmp_path):
     checkpoints.wait_until_finished()
     arrays = checkpoints.metadata(7)['arrays']
   assert not [path for path in arrays if 'head' in path]
-  assert arrays['trainable/encoder/layers_1/attention/kernel'] == {
+  described = {
+      path: {key: entry[key] for key in ('shape', 'dtype')}
+      for path, entry in arrays.items()
+  }
+  assert described['trainable/encoder/layers_1/attention/kernel'] == {
       'shape': [8, 4, 5],
       'dtype': 'float32',
   }
-  assert arrays['optimizer/1/0/count'] == {'shape': [], 'dtype': 'int32'}
+  assert described['optimizer/1/0/count'] == {'shape': [], 'dtype': 'int32'}
   assert arrays['objective_state/contrastive/queue']['dtype'] == 'bfloat16'
 
 
@@ -57,6 +73,168 @@ def test_only_the_newest_steps_are_kept(states, tmp_path):
   assert Checkpoints(tmp_path).steps() == [3, 4]
   for step in (3, 4):
     verify(tmp_path / str(step))
+
+
+def test_every_nth_step_is_kept_for_good(states, tmp_path):
+  _save(tmp_path, states, 1, 3, 4, max_to_keep=1, keep_every=3)
+  _save(tmp_path, states, 6, 8, max_to_keep=1, keep_every=3)
+  assert Checkpoints(tmp_path).steps() == [3, 6, 8]
+  with pytest.raises(UserError, match='every 1 or more steps, found 0'):
+    Checkpoints(tmp_path, keep_every=0)
+
+
+def test_each_save_is_told_in_one_line(states, tmp_path, caplog):
+  caplog.set_level(logging.INFO, 'codet5p_jax')
+  told = []
+  with Checkpoints(
+      tmp_path, tell=lambda event, **details: told.append((event, details))
+  ) as checkpoints:
+    checkpoints.save(7, states.make(), {}, FROZEN)
+    assert not told
+    checkpoints.wait_until_finished()
+    checkpoints.save(8, states.make(step=8, frozen=False), {}, {})
+  on_disk = sum(
+      path.stat().st_size
+      for path in (tmp_path / '7').rglob('*')
+      if path.is_file()
+  )
+  (event, cost), (_, later) = told
+  assert (event, cost['step'], cost['bytes']) == ('checkpoint', 7, on_disk)
+  assert 0 < cost['waited_seconds'] < cost['seconds']
+  assert later['step'] == 8
+  first, second = [
+      record.message for record in caplog.records
+      if record.name.startswith('codet5p_jax')
+  ]
+  assert first == (
+      f'Checkpoint of step 7: {on_disk / 1e6:.1f} MB in {cost["seconds"]:.2f} '
+      f's, of which training waited {cost["waited_seconds"]:.2f} s (frozen '
+      f'parameters are not in it).'
+  )
+  assert re.fullmatch(
+      r'Checkpoint of step 8: 0\.\d MB in \d+\.\d\d s, of which training '
+      r'waited \d+\.\d\d s\.', second
+  )
+
+
+def test_a_save_that_lacks_an_array_is_never_committed(
+    states, tmp_path, monkeypatch
+):
+  _save(tmp_path, states, 1, max_to_keep=1)
+  save_arrays = save_module.ocp.args.StandardSave
+
+  def forget(tree):
+    if 'encoder' in tree:  # The parameters.
+      tree = {**tree, 'encoder': {**tree['encoder']}}
+      del tree['encoder']['layers_1']
+    return save_arrays(tree)
+
+  checkpoints = Checkpoints(tmp_path, max_to_keep=1)
+  with monkeypatch.context() as patch:
+    patch.setattr(save_module.ocp.args, 'StandardSave', forget)
+    checkpoints.save(2, states.make(step=2, frozen=False), {}, {})
+    with pytest.raises(DamagedCheckpoint) as raised:
+      checkpoints.wait_until_finished()
+  assert str(raised.value) == (
+      f'checkpoint {tmp_path}/2 is damaged: for '
+      f'trainable/encoder/layers_1/attention/kernel Orbax wrote nothing '
+      f"instead of {{'shape': [8, 4, 5], 'dtype': 'float32'}}; it was not "
+      f'committed, go on from step 1'
+  )
+  assert checkpoints.steps() == [1]
+  checkpoints.save(2, states.make(step=2, frozen=False), {}, {})
+  checkpoints.close()
+  assert checkpoints.steps() == [2]
+
+
+@pytest.mark.parametrize(
+    ('change', 'fault'),
+    [
+        (lambda x: x.at[1].add(1), 'has other numbers than were saved'),
+        (lambda x: x[::-1], 'has its numbers in other places than were saved'),
+    ],
+)
+def test_a_save_of_other_numbers_is_never_committed(
+    states, tmp_path, monkeypatch, change, fault
+):
+  """As if they had changed on their way from the device to the disk."""
+  _save(tmp_path, states, 1, max_to_keep=1)
+  save_arrays = save_module.ocp.args.StandardSave
+
+  def confuse(tree):
+    if 'encoder' in tree:  # The parameters.
+      norm = tree['encoder']['layers_1']['norm']
+      norm['scale'] = jax.device_put(
+          change(norm['scale']), norm['scale'].sharding
+      )
+    return save_arrays(tree)
+
+  checkpoints = Checkpoints(tmp_path, max_to_keep=1)
+  with monkeypatch.context() as patch:
+    patch.setattr(save_module.ocp.args, 'StandardSave', confuse)
+    checkpoints.save(2, states.make(step=2, frozen=False), {}, {})
+    with pytest.raises(DamagedCheckpoint) as raised:
+      checkpoints.wait_until_finished()
+  # Orbax lists what it was given, and finds nothing wrong.
+  assert str(raised.value) == (
+      f'checkpoint {tmp_path}/2 is damaged: '
+      f'trainable/encoder/layers_1/norm/scale {fault}; it was not committed, '
+      f'go on from step 1'
+  )
+  assert checkpoints.steps() == [1]
+  verify(tmp_path / '1')
+
+
+def test_all_of_a_step_outlives_a_power_cut_before_the_one_before_goes(
+    states, tmp_path, monkeypatch
+):
+  _save(tmp_path, states, 1, max_to_keep=1)
+  synced = {True: set(), False: set()}  # While step 1 is there, and after.
+  fsync = os.fsync
+
+  def watch(descriptor):
+    path = os.readlink(f'/proc/self/fd/{descriptor}')
+    name = os.path.relpath(path, tmp_path)
+    # As it is going to be called.
+    name = re.sub(r'^2\.orbax-checkpoint-tmp[^/]*', '2', name)
+    name = re.sub(r'\.(checksums\.json)\.\w+$', r'\1', name)
+    synced[(tmp_path / '1').exists()].add(name)
+    fsync(descriptor)
+
+  monkeypatch.setattr(os, 'fsync', watch)
+  _save(tmp_path, states, 2, max_to_keep=1)
+  assert Checkpoints(tmp_path).steps() == [2]
+  written = {
+      path.relative_to(tmp_path).as_posix()
+      for path in [tmp_path / '2', *(tmp_path / '2').rglob('*')]
+  }
+  # Orbax writes these when it has renamed all; a step does without.
+  records = {f'2/{name}' for name in BOOKKEEPING}
+  assert written > records
+  assert synced[True] >= written - records
+  assert synced[False] >= records | {'2', '.'}
+
+
+def test_a_disk_that_forgets_is_found_at_once(states, tmp_path, monkeypatch):
+  complete = save_module.complete_checksums
+
+  def lose(folder):
+    complete(folder)
+    (folder / 'trainable' / 'manifest.ocdbt').write_bytes(b'')
+
+  monkeypatch.setattr(save_module, 'complete_checksums', lose)
+  told = []
+  checkpoints = Checkpoints(tmp_path, tell=lambda *event: told.append(event))
+  checkpoints.save(7, states.make(), {}, FROZEN)
+  concurrent.futures.wait([checkpoints._commit])
+  with pytest.raises(DamagedCheckpoint) as raised:
+    checkpoints.check_for_errors()
+  assert f'{tmp_path}/7 is damaged: trainable/manifest.ocdbt has 0 bytes' in (
+      str(raised.value)
+  )
+  assert 'check the disk; a run that starts again goes on' in str(raised.value)
+  assert not told
+  checkpoints.close()  # Raises it no second time.
 
 
 def test_a_save_waits_for_threads_that_a_failed_one_left(states, tmp_path):
@@ -80,14 +258,14 @@ def test_a_save_waits_for_threads_that_a_failed_one_left(states, tmp_path):
 
 def test_what_cannot_be_removed_is_one_line(states, tmp_path, monkeypatch):
   (tmp_path / '1.orbax-checkpoint-tmp').mkdir()
-  monkeypatch.setattr(save_module, '_remove_unfinished', functools.partial(
-      save_module._remove_unfinished, patience=0.1))
+  monkeypatch.setattr(save_module, 'remove_unfinished', functools.partial(
+      save_module.remove_unfinished, patience=0.1))
 
   def refuse(path):
     raise PermissionError(errno.EACCES, 'Permission denied', str(path))
 
   with monkeypatch.context() as patch:
-    patch.setattr(save_module.shutil, 'rmtree', refuse)
+    patch.setattr(steps_module.shutil, 'rmtree', refuse)
     with pytest.raises(UserError, match='Permission denied') as error:
       _save(tmp_path, states, 2)
   assert '\n' not in str(error.value)
@@ -214,8 +392,7 @@ def test_background_errors_surface_at_the_next_call_and_once(
       patch.setattr(save_module, 'write_checksums', fail)
       checkpoints.save(3, state, {}, {})
       assert failed.wait(20)
-      while checkpoints._manager.is_saving_in_progress():
-        pass
+      concurrent.futures.wait([checkpoints._commit])
     call = getattr(checkpoints, late_call)
     arguments = (4, states.make(step=4), {}, FROZEN)
     with pytest.raises(UserError, match='No space left.*go on from the start'):
@@ -289,3 +466,68 @@ def test_a_killed_save_leaves_the_step_before(tmp_path):
     assert restored.params['layers']['scale'].tolist() == [[1.0] * 5] * 3
     checkpoints.save(2, state(2), {}, {})
   assert sorted(path.name for path in tmp_path.iterdir()) == ['1', '2']
+
+
+KILLED_AT_RANDOM = """
+import os, random, signal, sys, time
+import numpy as np
+from codet5p_jax.training.checkpoints.save import Checkpoints
+from codet5p_jax.training.train_step import TrainState
+
+def state(step):
+  params = {'layers': {'scale': np.full((3, 5), step, np.float32)}}
+  return TrainState(np.int32(step), params, {}, {}, {})
+
+def save_for_ever(folder, pipe):
+  checkpoints = Checkpoints(folder, max_to_keep=2)
+  for step in range(1, 10**6):
+    checkpoints.save(step, state(step), {'row': step}, {})
+    checkpoints.wait_until_finished()
+    os.write(pipe, b'%d ' % step)
+
+chance = random.Random(5)
+for number in range(5):
+  reader, writer = os.pipe()
+  # JAX has started nothing yet, so that all can share what was imported.
+  child = os.fork()
+  if child == 0:
+    save_for_ever(f'{sys.argv[1]}/{number}', writer)
+  os.close(writer)
+  with open(reader, 'rb') as pipe:
+    said = pipe.read(1)  # All is compiled.
+    time.sleep(chance.uniform(0, 0.3))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    print((said + pipe.read()).split()[-1].decode(), flush=True)
+"""
+
+
+def test_a_save_killed_at_any_moment_leaves_the_step_before_or_its_own(
+    tmp_path, caplog
+):
+  done = subprocess.run(
+      [sys.executable, '-c', KILLED_AT_RANDOM, str(tmp_path)],
+      capture_output=True,
+      text=True,
+      check=True,
+      timeout=240,
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''},
+  )
+  told = [int(word) for word in done.stdout.split()]
+  assert len(told) == 5
+
+  def state(step):
+    params = {'layers': {'scale': jnp.full((3, 5), step, jnp.float32)}}
+    return TrainState(jnp.int32(step), params, {}, {}, {})
+
+  for number, step_told in enumerate(told):
+    with Checkpoints(tmp_path / str(number)) as checkpoints:
+      restored, cursor, _ = checkpoints.resume(state(0))
+      step = int(restored.step)
+      # The last one may have been killed before it could tell.
+      assert step in (step_told, step_told + 1)
+      assert cursor == {'row': step}
+      assert restored.params['layers']['scale'].tolist() == [[step] * 5] * 3
+      checkpoints.save(step + 1, state(step + 1), {}, {})
+    assert checkpoints.latest_step() == step + 1
+  assert not [r for r in caplog.records if r.name.startswith('codet5p_jax')]

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -9,6 +10,7 @@ from codet5p_jax.training.checkpoints.verify import (
     CHECKSUMS,
     DamagedCheckpoint,
     complete_checksums,
+    size_on_disk,
     verify,
     write_checksums,
 )
@@ -44,6 +46,21 @@ def test_an_untouched_folder_passes(folder):
         (
             lambda f: (f / CHECKSUMS).write_text('{"format_version": 1}'),
             'json is unreadable',
+        ),
+        (
+            lambda f: (f / CHECKSUMS).write_text(
+                (f / CHECKSUMS).read_text().replace('sha256"', 'md5"', 1)
+            ),
+            'json is unreadable',
+        ),
+        (
+            lambda f: ((f / 'a').unlink(), (f / 'a').symlink_to('nowhere')),
+            'a file cannot be read',
+        ),
+        (lambda f: (shutil.rmtree(f), f.touch()), 'it is no folder'),
+        (
+            lambda f: (shutil.rmtree(f), f.symlink_to('nowhere')),
+            'it is no folder',
         ),
     ],
 )
@@ -111,3 +128,8 @@ def test_a_newer_format_is_not_called_damage(folder):
 def test_a_folder_that_is_not_there_is_the_users_error(tmp_path):
   with pytest.raises(UserError, match='found no folder'):
     verify(tmp_path / 'none')
+
+
+def test_the_size_on_disk_counts_every_file(folder):
+  listed = sum(map(len, (b'first', b'second')))
+  assert size_on_disk(folder) == listed + (folder / CHECKSUMS).stat().st_size
