@@ -31,6 +31,12 @@ from codet5p_jax.sharding import (
 )
 from codet5p_jax.training.accumulation import accumulate
 from codet5p_jax.training.partition import merge_params, partition_params
+from codet5p_jax.training.step_health import (
+    BadSteps,
+    first_health,
+    judge_step,
+    keep_unless,
+)
 
 # Arrays of one objective, or their shapes: {feature: [batch, ...]}.
 Batch = Mapping[str, Any]
@@ -106,12 +112,13 @@ class TrainState:
   """Everything a step reads and renews.
 
   Attributes:
-    step: updates made so far.
+    step: updates made so far, and those that were left out.
     params: the trainable parameters, float32.
     frozen_params: the others; no gradient, no optimizer slot. Stored in the
       configuration's `frozen_dtype`, see layers/quantization.py.
     opt_state: of the trainable parameters only.
     objective_state: {objective name: its state}.
+    health: what is remembered of the losses, see training/step_health.py.
   """
 
   step: Tree
@@ -119,6 +126,7 @@ class TrainState:
   frozen_params: Tree
   opt_state: Tree
   objective_state: Tree
+  health: Tree = flax.struct.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +149,7 @@ class StepConfig:
     seed: of initial weights, data order and dropout.
     mesh_shape: (replica, data, model), one of them may be -1.
     rules: logical axis names to mesh axes.
+    bad_steps: which steps change nothing.
   """
 
   model: Any
@@ -154,6 +163,7 @@ class StepConfig:
   computation: Computation = Computation()
   mesh_shape: Sequence[int] = (1, -1, 1)
   rules: Rules = DEFAULT_RULES
+  bad_steps: BadSteps = BadSteps()
 
   def __post_init__(self):
     # gin gives lists where tuples are written as lists.
@@ -210,7 +220,9 @@ class TrainStep:
       parameters in the form of `abstract_state`: they go into the state as
       they are and are consumed. Only the others are drawn.
     step: (TrainState, StepBatch) -> (TrainState, Metrics); the state passed in
-      is consumed.
+      is consumed. A bad step changes nothing but `step` and `health`.
+    gradients: (TrainState, StepBatch) -> (mean gradients, Metrics), as in
+      `step`; nothing is consumed.
     evaluate: (params, frozen_params, the objective's state, {feature: [batch,
       ...]}, objective) -> Metrics, without dropout.
     abstract_state: shapes, dtypes and shardings of the state.
@@ -224,6 +236,7 @@ class TrainStep:
   model: nn.Module
   init: Callable[..., TrainState]
   step: Callable[[TrainState, StepBatch], tuple[TrainState, Metrics]]
+  gradients: Callable[[TrainState, StepBatch], tuple[Tree, Metrics]]
   evaluate: Callable[[Tree, Tree, Tree, Batch, Objective], Metrics]
   abstract_state: TrainState
   axis_names: Mapping[str, tuple[str | None, ...]]
@@ -268,6 +281,8 @@ def make_train_step(config: StepConfig, mesh: Mesh) -> TrainStep:
         model, merge_params(params, frozen), state, batch, key
     )
 
+  measure = _make_measure(config, mesh, loss_sum)
+
   def evaluate(params, frozen, objective_state, batch, objective):
     with activation_sharding(mesh, config.rules):
       loss, output = loss_sum(
@@ -281,10 +296,15 @@ def make_train_step(config: StepConfig, mesh: Mesh) -> TrainStep:
       model=model,
       init=checked_init,
       step=jax.jit(
-          _make_step(config, mesh, optimizer, loss_sum),
+          _make_step(measure, optimizer),
           in_shardings=(state_shardings, batch_sharding),
           out_shardings=(state_shardings, replicated),
           donate_argnums=0,
+      ),
+      gradients=jax.jit(
+          lambda state, batches: measure(state, batches)[:2],
+          in_shardings=(state_shardings, batch_sharding),
+          out_shardings=(state_shardings.params, replicated),
       ),
       evaluate=jax.jit(
           evaluate,
@@ -328,38 +348,69 @@ def _make_init(
             objective.name: objective.init_state(model, everything)
             for objective in config.objectives
         },
+        health=first_health(o.name for o in config.objectives),
     )
 
   return init
 
 
-def _make_step(
-    config: StepConfig,
-    mesh: Mesh,
-    optimizer: optax.GradientTransformation,
-    loss_sum: Callable,
-) -> Callable[[TrainState, StepBatch], tuple[TrainState, Metrics]]:
-  """`TrainStep.step` before it is compiled; `loss_sum` as in `accumulate`."""
+def _make_measure(
+    config: StepConfig, mesh: Mesh, loss_sum: Callable
+) -> Callable[[TrainState, StepBatch], tuple[Tree, Metrics, Tree, Tree]]:
+  """A step up to the optimizer, not compiled.
+
+  Returns:
+    A function that gives mean gradients, metrics, the new objective state, and
+    the new health, which tells whether the step is bad. `loss_sum` is as in
+    `accumulate`.
+  """
   objectives = {o.name: o for o in config.objectives}
 
-  def step(state: TrainState, batches: StepBatch):
+  def measure(state: TrainState, batches: StepBatch):
     with activation_sharding(mesh, config.rules):
       grads, total, metrics, objective_state = accumulate(
           loss_sum, state, batches, objectives, config
       )
     # Means of nothing are 0, not NaN: a batch may hold no target at all.
     grads = jax.tree.map(lambda g: g / jnp.maximum(total, 1.0), grads)
+    grad_norm = optax.tree.norm(grads)
+    losses = {name: metrics[f'{name}/loss'] for name in batches}
+    health, judged = judge_step(
+        config.bad_steps, state.health, losses, grad_norm
+    )
+    metrics |= {'grad_norm': (grad_norm, jnp.ones(())), **judged}
+    return grads, metrics, objective_state, health
+
+  return measure
+
+
+def _make_step(
+    measure: Callable, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, StepBatch], tuple[TrainState, Metrics]]:
+  """`TrainStep.step` before it is compiled."""
+
+  def step(state: TrainState, batches: StepBatch):
+    grads, metrics, objective_state, health = measure(state, batches)
     updates, opt_state = optimizer.update(
         grads, state.opt_state, state.params
     )
-    metrics['grad_norm'] = (optax.tree.norm(grads), jnp.ones(()))
+    new = (
+        optax.apply_updates(state.params, updates), opt_state, objective_state
+    )  # fmt: skip
+    old = (state.params, state.opt_state, state.objective_state)
+    # Every entry of the new state depends on the old one anyway, so choosing
+    # between them needs no memory.
+    params, opt_state, objective_state = keep_unless(
+        health['bad_in_a_row'] == 0, new, old
+    )
     return (
         TrainState(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=params,
             frozen_params=state.frozen_params,
             opt_state=opt_state,
             objective_state=objective_state,
+            health=health,
         ),
         metrics,
     )
@@ -505,6 +556,7 @@ def _state_shardings(
       objective_state=jax.tree.map(
           lambda _: replicated, state.objective_state
       ),
+      health=jax.tree.map(lambda _: replicated, state.health),
   )
 
 
