@@ -1,5 +1,6 @@
 """What a run did, in words and curves for whoever ran it."""
 
+import collections
 import dataclasses
 import json
 import logging
@@ -18,7 +19,11 @@ from codet5p_jax.planning.parameters import (
     parameter_shapes,
 )
 from codet5p_jax.planning.pod_command import pod_commands
-from codet5p_jax.training.curves import draw_losses, draw_throughput
+from codet5p_jax.training.curves import (
+    draw_losses,
+    draw_throughput,
+    draw_time,
+)
 from codet5p_jax.training.files import read_json
 from codet5p_jax.training.run_folder import (
     RunFolder,
@@ -26,6 +31,13 @@ from codet5p_jax.training.run_folder import (
     read_metrics,
     rebuild,
     write_result,
+)
+from codet5p_jax.training.timeline import (
+    DOWN,
+    Session,
+    account,
+    goodput,
+    read_timeline,
 )
 
 _logger = logging.getLogger(__name__)
@@ -35,10 +47,13 @@ _CONTENTS = {
     'config.json': 'the model, its objectives and how they were trained',
     'operative_config.gin': 'the same as a gin file, which replays the run',
     'metrics.jsonl': 'losses and speed by step, one JSON object a line',
-    'events': 'the same for TensorBoard',
+    'timeline.jsonl': 'where the time went, session by session',
+    'events': 'the numbers for TensorBoard',
     'checkpoints': 'from which a stopped run goes on',
     'model': 'the weights, for `codet5p evaluate` and `codet5p generate`',
+    'bad_steps': 'batches of bad steps, as NumPy arrays',
     'vocabulary': 'the vocabulary the model reads and writes with',
+    'compiled': 'programs, so that a run that starts again need not compile',
     'evaluation': 'what `codet5p evaluate` measured, by split',
     'generation': 'what `codet5p generate` wrote',
 }
@@ -53,6 +68,13 @@ text: a model that has learned anything of code ends below it. Sentinels, which
 mark gaps in a fixed order, and the first token of a target count in training
 only, so there the loss is lower than on held-out text.'''
 
+_BUCKETS = '''\
+A session is what one process made of the run; `step` is the time of updates,
+the rest is its price. `startup` comes before the first of them, `compile` is
+that of the train step, `input` waited for batches; during `evaluation` and
+`checkpoint` training stood still. `lost_work` was done again, because a later
+session went on from before it, and `down` lies between the sessions.'''
+
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
@@ -64,6 +86,7 @@ class _Run:
     rows: of metrics.jsonl.
     evaluations: {where it was measured: {"<objective>/<metric>": value}}.
     outputs: rows of generation/outputs*.jsonl.
+    sessions: of timeline.jsonl; none of a run that has no such file.
     corpus: metadata of the corpus; None where the data is none.
   """
 
@@ -72,6 +95,7 @@ class _Run:
   rows: Sequence[Mapping[str, Any]]
   evaluations: Mapping[str, Mapping[str, Any]]
   outputs: Sequence[Mapping[str, Any]]
+  sessions: Sequence[Session]
   corpus: Mapping[str, Any] | None
 
   @property
@@ -102,6 +126,11 @@ def report(run_dir: str) -> None:
       draw_losses(run.rows, run.objectives, _entropies(run)),
   )
   write_result(path / 'report' / 'throughput.png', draw_throughput(run.rows))
+  if run.sessions:
+    began = run.sessions[0].began
+    starts = [session.began - began for session in run.sessions]
+    bars = list(zip(starts, account(run.sessions), strict=True))
+    write_result(path / 'report' / 'time.png', draw_time(bars))
   table = _loss_table(run)
   sections = [
       f'# Report on {path}',
@@ -117,6 +146,7 @@ def report(run_dir: str) -> None:
       '## How long it took',
       _paragraph(_speed(run)),
       '![tokens a second over the steps](report/throughput.png)',
+      *_time(run.sessions),
       '## What lies in this folder',
       '\n'.join(
           f'- `{name}`: {words}'
@@ -158,7 +188,8 @@ def _read(run_dir: str) -> _Run:
       for row in read_metrics(path)
   ]
   corpus = _corpus_metadata(pathlib.Path(config['data_dir']))
-  return _Run(folder, config, rows, evaluations, outputs, corpus)
+  sessions = read_timeline(folder.timeline)
+  return _Run(folder, config, rows, evaluations, outputs, sessions, corpus)
 
 
 def _corpus_metadata(data_dir: pathlib.Path) -> dict[str, Any] | None:
@@ -209,6 +240,7 @@ def _loss_table(run: _Run) -> str:
       loss = values.get(f'{name}/loss')
       if loss is None:
         continue
+      loss = float(loss)  # A text where it is not finite.
       entropy = values.get(f'{name}/unigram_entropy')
       rows.append([
           name,
@@ -323,6 +355,55 @@ def _speed(run: _Run) -> str:
   )
 
 
+def _time(sessions: Sequence[Session]) -> list[str]:
+  """Where the time went; nothing where that is not known."""
+  if not sessions:
+    return []
+  spent = goodput(sessions)
+  total = sum(spent.values())
+  rows = [
+      [bucket, f'{seconds:,.1f}', f'{seconds / total:.1%}']
+      for bucket, seconds in {**spent, 'total': total}.items()
+      if round(seconds, 1)
+  ]
+  ends = collections.Counter(
+      session.status or 'no end (killed, or still going)'
+      for session in sessions
+  )
+  ended = _listed([f'{end} {number}' for end, number in ends.items()])
+  words = [
+      f'Sessions: {len(sessions)}, by their end: {ended}. Of '
+      f'{_duration(total)} from the first start on, '
+      f'{spent["step"] / total:.1%} were spent on updates that count, and '
+      f'{spent["step"] / (total - spent[DOWN]):.1%} of the time that a session '
+      f'was there.'
+  ]
+  events = {
+      name: [event for session in sessions for event in session.events(name)]
+      for name in ('checkpoint', 'damaged_checkpoint', 'bad_step')
+  }
+  if saved := events['checkpoint']:
+    size, seconds = (
+        sum(event[key] for event in saved) / len(saved)
+        for key in ('bytes', 'seconds')
+    )
+    words.append(
+        f'Checkpoints: {len(saved)}, of {size / 1e6:,.1f} MB each, written '
+        f'whole after {_duration(seconds)} (means).'
+    )
+  words.append(
+      f'Damaged checkpoints set aside: {len(events["damaged_checkpoint"])}. '
+      f'Bad steps: {len(events["bad_step"])}.'
+  )
+  return [
+      '## Where the time went',
+      _BUCKETS,
+      _table(['bucket', 'seconds', 'share'], rows),
+      _paragraph(' '.join(words)),
+      '![what each session spent its time on](report/time.png)',
+  ]
+
+
 def _commands(run: _Run) -> str:
   return pod_commands(
       run.config['objectives'],
@@ -373,7 +454,9 @@ def _listed(names: Sequence[str]) -> str:
   return f'{", ".join(first)} and {last}' if first else last
 
 
-def _number(value: float | int | None, form: str) -> str:
+def _number(value: float | int | str | None, form: str) -> str:
+  if isinstance(value, str):
+    return value  # What is not finite is no number in JSON.
   return 'n/a' if value is None else format(value, form)
 
 

@@ -1,4 +1,4 @@
-"""Curves of a run, drawn from the rows of its metrics.jsonl."""
+"""Curves and bars of a run, drawn from what it wrote down."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,16 @@ if TYPE_CHECKING:
 Rows = Sequence[Mapping[str, Any]]
 
 _TRAINING, _VALIDATION, _ENTROPY = '#9ab8d6', '#0b4f8a', '#c0392b'
+_BUCKETS = {
+    'startup': '#d9a441',
+    'compile': '#8c6bb1',
+    'input': '#e67e22',
+    'step': _VALIDATION,
+    'evaluation': _TRAINING,
+    'checkpoint': '#41ab5d',
+    'other': '#8a8a8a',
+    'lost_work': _ENTROPY,
+}
 _INCHES, _DOTS_PER_INCH = (4.6, 3.4), 120
 
 
@@ -74,6 +84,44 @@ def draw_throughput(rows: Rows) -> bytes:
     panels[1].set_title('model FLOPs utilisation (MFU)')
     panels[1].set_ylabel('% of the peak')
     panels[1].set_ylim(bottom=0)
+  return _png(figure)
+
+
+def draw_time(sessions: Sequence[tuple[float, Mapping[str, float]]]) -> bytes:
+  """Draws a bar for each session, in its place in time; returns a PNG.
+
+  Args:
+    sessions: of each, the seconds from the start of the first one to its own,
+      and its seconds by bucket, see training/timeline.py.
+  """
+  from matplotlib.figure import Figure
+  from matplotlib.ticker import MaxNLocator
+
+  last, spent = sessions[-1]
+  is_long = last + sum(spent.values()) >= 2 * 3600
+  unit, size = ('hours', 3600) if is_long else ('minutes', 60)
+  # Hundreds of sessions are drawn thin.
+  inches = min(1.6 + 0.25 * len(sessions), 8)
+  figure = Figure(figsize=(2 * _INCHES[0], inches), layout='constrained')
+  panel = figure.add_subplot()
+  ends = [start / size for start, _ in sessions]
+  numbers = range(1, len(sessions) + 1)
+  for bucket, color in _BUCKETS.items():
+    widths = [spent.get(bucket, 0.0) / size for _, spent in sessions]
+    if any(widths):
+      panel.barh(numbers, widths, 0.7, left=ends, color=color, label=bucket)
+    ends = [end + width for end, width in zip(ends, widths, strict=True)]
+  panel.set_xlabel(f'{unit} since the start')
+  panel.set_xlim(left=0)
+  panel.set_ylabel('session')
+  panel.yaxis.set_major_locator(
+      MaxNLocator(10, integer=True, min_n_ticks=1)  # There may be one session.
+  )
+  panel.set_ylim(len(sessions) + 0.6, 0.4)
+  panel.grid(color='#e6e6e6', axis='x')
+  panel.set_axisbelow(True)
+  panel.spines[['top', 'right']].set_visible(False)
+  figure.legend(loc='outside lower center', ncols=4, frameon=False)
   return _png(figure)
 
 

@@ -1,18 +1,17 @@
 """What a run tells: metrics.jsonl, TensorBoard, and a progress bar."""
 
-import contextlib
 import logging
 import math
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from codet5p_jax.errors import UserError
+from codet5p_jax.training.event_file import EventFile
 from codet5p_jax.training.run_folder import RunFolder, append_metrics
+from codet5p_jax.training.timeline import Timeline
 from codet5p_jax.training.train_step import Metrics
 
 _logger = logging.getLogger(__name__)
@@ -32,8 +31,12 @@ class RunLog:
     <objective>/accuracy   share of target tokens that were the likeliest
     <objective>/unigram_entropy   of the targets of an evaluation, in nats
     <objective>/tokens  target tokens of this step (of the evaluation)
+    <objective>/loss_deviations   standard deviations that the loss lies above
+                        the mean of steps before; 0 while those are few
     grad_norm           global norm of the gradients, before clipping
-    learning_rate       of this step
+    learning_rate       of this step, if all steps were good
+    bad_steps           steps since the row before that were left out
+    bad_in_a_row        as many of them as end with this step
     input_wait_seconds  waited for input since the row before
     train_seconds       spent on steps since the row before
     steps_per_second    of those steps
@@ -47,6 +50,15 @@ class RunLog:
   step holds one or several objectives, and a row has those of its step.
   `train_seconds` and the rates leave out evaluations, checkpoints and steps
   that had to be compiled; the rates are missing where no step is left.
+
+  All seconds are those of the run's timeline, which gets a row with every row
+  of training, and an event with every evaluation. TensorBoard also gets
+  `goodput/<bucket>`, the shares of the timeline's buckets in the time since
+  this process began.
+  A bad step (see training/step_health.py) has the losses that it had, as text
+  where they are not finite ("nan", "inf"), and counts as a step like any other.
+  The optimizer did not see it, so the learning rate of later steps is that of
+  as many steps before as were left out up to then.
   """
 
   def __init__(
@@ -56,6 +68,7 @@ class RunLog:
       last_step: int,
       microbatch_flops: Mapping[str, int],
       peak_flops_per_second: float | None,
+      timeline: Timeline,
   ):
     """Opens the files and shows the bar.
 
@@ -65,13 +78,13 @@ class RunLog:
       last_step: updates when the run is complete.
       microbatch_flops: model FLOPs of a micro-batch of each objective.
       peak_flops_per_second: of all devices together; None if unknown.
+      timeline: of the run. What its buckets `step` and `input` count is time
+        of the steps.
     """
-    from tensorboardX import SummaryWriter
-
     self._path = folder.metrics
     self._is_writer = jax.process_index() == 0
     if self._is_writer:
-      self._events = SummaryWriter(str(folder.events), purge_step=first_step)
+      self._events = EventFile(folder.events, first_step)
     self._bar = tqdm.tqdm(
         total=last_step,
         initial=first_step,
@@ -85,8 +98,9 @@ class RunLog:
     self._peak_flops_per_second = peak_flops_per_second
     self._short_names = short_names(list(microbatch_flops))
     self._losses: dict[str, float] = {}
-    self._seconds_waiting = 0.0
-    self._last_time = time.monotonic()
+    self._timeline = timeline
+    self._seconds_waiting = timeline.seconds('input')
+    self._seconds_of_steps = timeline.seconds('step', 'input')
     self._forget_steps()
 
   def close(self) -> None:
@@ -108,45 +122,37 @@ class RunLog:
       compiled: whether the step was compiled since the step before was
         counted; its time is then none of the training's.
     """
-    now = time.monotonic()
+    self._timeline.advance()
+    self._bad_steps += int(values['bad_steps'])
+    now = self._timeline.seconds('step', 'input')
     if not compiled:
-      self._seconds += now - self._last_time
+      self._seconds += now - self._seconds_of_steps
       self._steps += 1
       self._tokens += _total_tokens(values)
       self._flops += sum(
           count * self._microbatch_flops[name]
           for name, count in microbatches.items()
       )
-    self._last_time = now
+    self._seconds_of_steps = now
     self._bar.update()
 
-  @contextlib.contextmanager
-  def pause(self) -> Iterator[None]:
-    """The time spent within is none of the training's."""
-    begin = time.monotonic()
-    yield
-    self._last_time += time.monotonic() - begin
-
   def train(
-      self,
-      step: int,
-      values: Mapping[str, float],
-      seconds_waiting: float,
-      **more: float,
+      self, step: int, values: Mapping[str, float], **more: float
   ) -> None:
     """Logs the metrics of a step.
 
     Args:
       step: updates made.
       values: what `means` made of the metrics of the last.
-      seconds_waiting: for input, since the log was opened.
       **more: numbers to log.
     """
-    waited = seconds_waiting - self._seconds_waiting
-    self._seconds_waiting = seconds_waiting
+    waiting = self._timeline.seconds('input')
+    waited = waiting - self._seconds_waiting
+    self._seconds_waiting = waiting
     row = {
         **values,
         **more,
+        'bad_steps': self._bad_steps,
         'input_wait_seconds': round(waited, 3),
         'train_seconds': round(self._seconds, 3),
     }
@@ -165,10 +171,13 @@ class RunLog:
     self._forget_steps()
     self._bar.set_postfix_str(', '.join(shown))
     self._write(step, 'train', row)
+    self._timeline.progress()
+    self._show(step, 'goodput', self._timeline.shares())
 
   def evaluation(self, step: int, values: Mapping[str, float]) -> None:
     """Logs the metrics of an evaluation on the validation split."""
     self._write(step, 'evaluation', values)
+    self._timeline.event('evaluation')
     if not self._is_writer:
       return
     shown = ', '.join(f'{name} {value:.4g}' for name, value in values.items())
@@ -186,6 +195,7 @@ class RunLog:
 
   def _forget_steps(self) -> None:
     self._seconds, self._steps, self._tokens, self._flops = 0.0, 0, 0.0, 0.0
+    self._bad_steps = 0
 
   def _shown_losses(self) -> str:
     """The newest loss of each objective, named where there are several."""
@@ -201,9 +211,18 @@ class RunLog:
     if not self._is_writer:
       return
     append_metrics(self._path, {'step': step, 'kind': kind, **row})
-    for name, value in row.items():
-      if not isinstance(value, str):
-        self._events.add_scalar(f'{kind}/{name}', value, step)
+    self._show(step, kind, row)
+
+  def _show(self, step: int, group: str, values: Mapping[str, Any]) -> None:
+    """Gives the numbers to TensorBoard."""
+    if not self._is_writer:
+      return
+    numbers = {
+        f'{group}/{name}': float(value)
+        for name, value in values.items()
+        if not isinstance(value, str) and math.isfinite(value)
+    }
+    self._events.write(step, numbers)
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
@@ -249,22 +268,7 @@ def means(metrics: Metrics) -> dict[str, float]:
   return values
 
 
-def check_finite(step: int, values: Mapping[str, float]) -> None:
-  """Stops a run whose numbers have left the realm of numbers.
-
-  Raises:
-    UserError: names the step and the objective.
-  """
-  for name, value in values.items():
-    if not math.isfinite(value):
-      objective, _, metric = name.rpartition('/')
-      raise UserError(
-          f'expected finite numbers at step {step}, found that {metric} of '
-          f'{objective or "all objectives"} is {value}; lower LEARNING_RATE or '
-          f'look at the data of that step. The checkpoints written before are '
-          f'whole'
-      )
-
-
 def _total_tokens(values: Mapping[str, float]) -> float:
-  return sum(v for k, v in values.items() if k.endswith('/tokens'))
+  """Target tokens of a step; those of a damaged batch may be no number."""
+  tokens = [v for name, v in values.items() if name.endswith('/tokens')]
+  return sum(filter(math.isfinite, tokens), 0.0)

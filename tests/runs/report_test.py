@@ -17,6 +17,7 @@ from codet5p_jax.training.run_folder import (
     open_run_folder,
     write_result,
 )
+from codet5p_jax.training.timeline import BUCKETS
 
 MODEL = T5Config(
     vocab_size=131,
@@ -176,6 +177,68 @@ def test_an_unfinished_run_without_an_evaluation_says_so(run, capsys):
   assert 'Not evaluated yet.' in capsys.readouterr().out
 
 
+def timeline_row(kind, seconds, buckets, **more):
+  buckets = {**dict.fromkeys(BUCKETS, 0.0), **buckets}
+  return {'kind': kind, 'seconds': seconds, 'buckets': buckets, **more}
+
+
+def test_where_the_time_went_is_told_of_all_sessions(run):
+  # 100 s, of which 20 were lost; 50 s down; 50 s of which 10 are startup.
+  first, second = (
+      timeline_row('start', 10.0, {'startup': 10.0}, time=time)
+      for time in (1000.0, 1150.0)
+  )
+  saved = {'step': 4, 'bytes': 2_500_000, 'seconds': 3.0}
+  for row in (
+      first,
+      timeline_row('training', 10.0, {'startup': 10.0}, step=0),
+      timeline_row(
+          'event', 80.0, {'startup': 10.0, 'step': 70.0}, step=4,
+          event='checkpoint', details=saved,
+      ),
+      timeline_row(
+          'progress', 100.0, {'startup': 10.0, 'step': 90.0}, step=5
+      ),
+      second,
+      timeline_row('training', 10.0, {'startup': 10.0}, step=4),
+      timeline_row(
+          'event', 30.0, {'startup': 10.0, 'step': 20.0}, step=5,
+          event='bad_step', details={},
+      ),
+      timeline_row(
+          'end', 50.0, {'startup': 10.0, 'step': 40.0}, step=9, status='done'
+      ),
+  ):  # fmt: skip
+    append_metrics(run.timeline, row)
+  report(str(run.path))
+  text = re.sub(' +', ' ', written(run))
+  for cells in (
+      'startup | 20.0 | 10.0%',
+      'step | 110.0 | 55.0%',
+      'lost_work | 20.0 | 10.0%',
+      'down | 50.0 | 25.0%',
+      'total | 200.0 | 100.0%',
+  ):
+    assert f'| {cells} |' in text
+  assert '| input |' not in text
+  assert 'Sessions: 2, by their end: no end (killed, or still going) 1 and' in (
+      text
+  )
+  assert 'done 1. Of 3 min from the first start on, 55.0% were spent' in text
+  assert 'and 73.3% of the time that a session was there.' in text
+  assert 'Checkpoints: 1, of 2.5 MB each, written whole after 3 s (me' in text
+  assert 'Damaged checkpoints set aside: 0. Bad steps: 1.' in text
+  png = run.path / 'report' / 'time.png'
+  assert png.read_bytes().startswith(b'\x89PNG')
+  assert '- `timeline.jsonl`:' in text
+
+
+def test_a_run_without_a_timeline_has_no_section_of_it(run):
+  report(str(run.path))
+  assert 'Where the time went' not in written(run)
+  assert not (run.path / 'report' / 'time.png').exists()
+
+
 def test_a_corpus_is_told_in_tables_and_drops_by_reason(run, tmp_path):
   (tmp_path / 'data').mkdir()
   metadata = {
@@ -258,3 +321,19 @@ def test_durations_have_sensible_digits(run, seconds, text):
   run.metrics.write_text(f'{json.dumps(row)}\n')
   report(str(run.path))
   assert f'{text} of training' in written(run)
+
+
+def test_losses_that_are_no_numbers_are_told_as_such(run):
+  bad = dict.fromkeys(('loss', 'accuracy', 'perplexity'), float('nan'))
+  values = metrics(with_entropy=True)
+  values |= {f'causal_lm/{name}': value for name, value in bad.items()}
+  append_metrics(run.metrics, train_row(9, **{'causal_lm/loss': float('inf')}))
+  append_metrics(run.metrics, {'step': 9, 'kind': 'evaluation', **values})
+  report(str(run.path))
+  [line] = [
+      line
+      for line in (run.path / 'report.md').read_text().splitlines()
+      if line.startswith('| causal_lm')
+  ]
+  cells = [cell.strip() for cell in line.strip('|').split('|')]
+  assert cells[2:] == ['nan', 'nan', 'nan', '4.250', 'nan']

@@ -4,7 +4,14 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from codet5p_jax.training.curves import draw_losses, draw_throughput, series
+from codet5p_jax.training import curves
+from codet5p_jax.training.curves import (
+    draw_losses,
+    draw_throughput,
+    draw_time,
+    series,
+)
+from codet5p_jax.training.timeline import BUCKETS, LOST_WORK
 
 ROWS = [
     {'step': 3, 'kind': 'train', 'a/loss': 5.0, 'mfu': 'n/a'},
@@ -52,3 +59,48 @@ def test_utilisation_has_a_panel_where_it_is_known():
   without = [{**row, 'mfu': 'n/a'} for row in ROWS]
   with_mfu, one = (pixels(draw_throughput(r)).shape for r in (ROWS, without))
   assert with_mfu == (one[0], 2 * one[1], one[2])
+
+
+def test_every_bucket_has_a_colour_of_its_own():
+  assert [*curves._BUCKETS] == [*BUCKETS, LOST_WORK]
+  assert len(set(curves._BUCKETS.values())) == len(curves._BUCKETS)
+
+
+def test_lost_work_is_drawn_red():
+  spent = dict.fromkeys(BUCKETS, 30.0)
+  kept = [(0.0, spent), (500.0, spent)]
+  assert not has_red(draw_time(kept))
+  assert has_red(draw_time([*kept, (1000.0, {**spent, LOST_WORK: 200.0})]))
+
+
+def test_sessions_stand_where_they_were_in_time(monkeypatch):
+  drawn = []
+
+  def keep(figure):
+    drawn.append(figure)
+    return b''
+
+  monkeypatch.setattr(curves, '_png', keep)
+  for size, unit in ((60, 'minutes'), (3600, 'hours')):
+    session = {'startup': 2.0 * size, 'step': 5.0 * size}
+    draw_time([(0.0, session), (9.0 * size, session)])
+    [panel] = drawn.pop().axes
+    assert panel.get_xlabel() == f'{unit} since the start'
+    bars = {
+        (bar.get_x(), bar.get_width(), round(bar.get_y() + 0.35))
+        for bar in panel.patches
+    }
+    assert bars == {(0, 2, 1), (2, 5, 1), (9, 2, 2), (11, 5, 2)}
+  for count in (1, 3, 40):
+    draw_time([(9.0 * number, session) for number in range(count)])
+    [panel] = drawn.pop().axes
+    assert all(tick == int(tick) for tick in panel.get_yticks())
+
+
+def test_many_sessions_are_drawn_thin():
+  session = {'step': 1.0}
+  heights = [
+      pixels(draw_time([(2.0 * n, session) for n in range(count)])).shape[0]
+      for count in (1, 5, 30, 60)
+  ]
+  assert heights[0] < heights[1] < heights[2] == heights[3]
