@@ -15,6 +15,7 @@ import pathlib
 import re
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import codet5p_jax
@@ -39,7 +40,10 @@ class Subcommand:
 
 SUBCOMMANDS = {
     'info': Subcommand('count the parameters of a model', gin=True),
-    'train': Subcommand('pretrain or fine-tune a model', gin=True),
+    'train': Subcommand(
+        'pretrain or fine-tune a model', gin=True,
+        flags=('coordinator_address', 'num_processes', 'process_id',
+               'join_seconds')),
     'evaluate': Subcommand('score a trained model on a task', gin=True),
     'generate': Subcommand(
         'complete prompts, or fill their gaps, with a trained model', gin=True,
@@ -48,6 +52,7 @@ SUBCOMMANDS = {
         'compile a training step for a TPU that is not at hand', gin=True,
         flags=('report',)),
     'report': Subcommand('tell in words and curves how a run went'),
+    'replay': Subcommand('make a step of a run again, to find what was wrong'),
     'prepare_corpus': Subcommand('make a corpus folder from source code'),
     'inspect_data': Subcommand('show decoded examples of a task'),
     'train_vocabulary': Subcommand('train a vocabulary on source code'),
@@ -85,24 +90,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv: the arguments, without the name of the program.
 
   Returns:
-    The exit status: 0, 2 after a mistake of the user, 130 after Control-C, 141
-    when nobody reads the output any more. Any other error is a bug, and is
-    raised.
+    The exit status: 0, 2 after a mistake of the user, 69 where something is
+    missing that may come by itself, 75 where the machine was
+    about to be taken away and a run was saved, 130 after Control-C, 141 when
+    nobody reads the output any more. Any other error is a bug, and is raised.
+    Where several processes run together, those that wait for this one end with
+    the same status.
   """
   try:
     _run(list(sys.argv[1:] if argv is None else argv))
     sys.stdout.flush()
     return 0
   except errors.UserError as error:
-    print('codet5p:', ' '.join(str(error).split('\n')), file=sys.stderr)
-    return 2
+    words = ' '.join(str(error).split('\n'))
+    print('codet5p:', words, file=sys.stderr)
+    is_missing = isinstance(error, errors.Unavailable)
+    return _leave(errors.UNAVAILABLE_STATUS if is_missing else 2, words)
+  except errors.Preempted as notice:
+    print('codet5p:', notice, file=sys.stderr)
+    return _leave(errors.PREEMPTED_STATUS)  # All know.
   except KeyboardInterrupt:
     print('codet5p: interrupted', file=sys.stderr)
-    return 130
+    return _leave(130, 'it was interrupted')
   except BrokenPipeError:
     # Python flushes standard output once more at its exit, and would complain.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 141
+    return _leave(141, 'nobody reads its output any more')
+  except Exception as error:
+    words = ' '.join(f'{type(error).__name__}: {error}'.split())
+    _leave(1, words, traceback.format_exc())
+    raise
+
+
+def _leave(status: int, words: str = '', trace: str = '') -> int:
+  """Takes leave of other processes, see training/distributed.py.
+
+  Args:
+    status: to exit with.
+    words: for the others.
+    trace: to print if this process is not to come back from there.
+  """
+  if 'jax' in sys.modules:  # Otherwise it cannot be one of several.
+    from codet5p_jax.training import distributed
+    distributed.leave(status, words, trace)
+  return status
 
 
 def _run(argv: list[str]) -> None:
@@ -276,6 +307,19 @@ def _speak_for_ourselves() -> None:
   logging.basicConfig(
       level=logging.WARNING, format='%(message)s', stream=sys.stderr)
   logging.getLogger('codet5p_jax').setLevel(logging.INFO)
+  # Where a disk is full, Orbax raises what one of its tasks found, and logs
+  # hundreds of lines about all of them, with absl and asyncio.
+  for name in ('absl', 'asyncio'):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+  # Who has put another in its place knows why.
+  if sys.unraisablehook is sys.__unraisablehook__:
+    sys.unraisablehook = _leave_out_closed_loops
+
+
+def _leave_out_closed_loops(unraisable) -> None:
+  """Leaves out what TensorStore prints of writes whose task has failed."""
+  if str(unraisable.exc_value) != 'Event loop is closed':
+    sys.__unraisablehook__(unraisable)
 
 
 def _use_cpu_where_nothing_else_is(

@@ -71,7 +71,8 @@ def make_mesh(
     devices: the devices, by default all that JAX sees.
 
   Raises:
-    UserError: the shape does not multiply to the number of devices.
+    UserError: the shape does not multiply to the number of devices, or its
+      replica axis cannot hold the slices.
   """
   devices = jax.devices() if devices is None else list(devices)
   shape = list(mesh_shape)
@@ -92,15 +93,41 @@ def make_mesh(
         f'{len(devices)}'
     )
   if devices[0].platform == 'tpu':
-    # Orders the devices along the physical torus.
-    from jax.experimental import mesh_utils
-
-    grid = mesh_utils.create_device_mesh(
-        shape, devices, allow_split_physical_axes=True
-    )
+    grid = _arrange_on_torus(shape, devices)
   else:
     grid = np.asarray(devices).reshape(shape)
   return Mesh(grid, MESH_AXES)
+
+
+def _arrange_on_torus(
+    shape: Sequence[int], devices: Sequence[jax.Device]
+) -> np.ndarray:
+  """Orders TPU chips so that neighbours in the mesh are neighbours in space.
+
+  Several slices are joined by the data centre's network, which is slow: along
+  the replica axis, where only the sums of gradients travel.
+  """
+  from jax.experimental import mesh_utils
+
+  num_slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  if num_slices == 1:
+    return mesh_utils.create_device_mesh(
+        shape, devices, allow_split_physical_axes=True
+    )
+  replica, *within = shape
+  if replica % num_slices:
+    raise UserError(
+        f'expected the replica axis to be a multiple of the {num_slices} '
+        f'slices, since parameters are sharded within a slice, found mesh '
+        f'shape {tuple(shape)} (replica, data, model); set MESH_SHAPE='
+        f'({num_slices}, -1, {shape[2]})'
+    )
+  return mesh_utils.create_hybrid_device_mesh(
+      [replica // num_slices, *within],
+      [num_slices, 1, 1],
+      devices,
+      allow_split_physical_axes=True,
+  )
 
 
 def partition_spec(

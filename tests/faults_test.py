@@ -13,6 +13,7 @@ import shutil
 import gin
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from codet5p_jax import main
@@ -203,6 +204,8 @@ def test_a_mistake_is_found_before_a_folder_is_made(
         'EVALUATE_EVERY=0',
         'CHECKPOINT_EVERY=0',
         'CHECKPOINTS_TO_KEEP=0',
+        'CHECKPOINT_KEEP_EVERY=0',
+        'HANG_SECONDS=0.0',
         'TARGET_LENGTH=2',  # <s> and </s> alone.
         'TARGET_LENGTH=0',
         '--gin.T5Config.num_heads=0',
@@ -289,20 +292,86 @@ def test_a_run_whose_vocabulary_was_exchanged_is_refused(
   assert 'expected' in line and 'vocabulary' in line and 'found' in line
 
 
-def test_a_damaged_checkpoint_names_the_file_and_the_whole_one_before(
+def flip_a_byte_of_weights(folder: pathlib.Path) -> str:
+  return f'trainable/{flip_a_byte(folder / "trainable")}'
+
+
+def lose_checksums(folder: pathlib.Path) -> str:
+  (folder / 'checksums.json').unlink()
+  return 'checksums.json'
+
+
+def lose_a_mark(folder: pathlib.Path) -> str:
+  (folder / 'trainable' / 'commit_success.txt').unlink()
+  return 'trainable/commit_success.txt'
+
+
+DAMAGES = [flip_a_byte_of_weights, lose_checksums, lose_a_mark]
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
+    corpus, run_dir, trained, caplog, damage
+):
+  forget_steps_after(run_dir, 2)
+  checkpoints = run_dir / 'checkpoints'
+  name = damage(checkpoints / '2')
+  before = content(checkpoints / '2')
+  assert main.main([*TRAIN, corpus, f'RUN_DIR={run_dir}']) == 0
+  [line] = warnings_of(caplog)
+  assert f'{checkpoints}/2 is damaged: {name} ' in line
+  assert f'put into {checkpoints}/damaged/2, and step 1 is used' in line
+  assert content(checkpoints / 'damaged' / '2') == before
+  names = {path.name for path in checkpoints.iterdir()}
+  assert names == {'1', '2', '3', 'damaged'}
+  # Sums over all bits: the run is the one that was never damaged.
+  metadata = '3/metadata/metadata'
+  assert (checkpoints / metadata).read_text() == (
+      trained / 'checkpoints' / metadata
+  ).read_text()
+
+
+def warnings_of(caplog) -> list[str]:
+  return [
+      record.message for record in caplog.records
+      if record.name.startswith('codet5p_jax') and record.levelname == 'WARNING'
+  ]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_never_starts_anew(
     corpus, refusal, run_dir
 ):
   forget_steps_after(run_dir, 2)
-  name = flip_a_byte(run_dir / 'checkpoints' / '2' / 'trainable')
+  for step in ('1', '2'):
+    lose_checksums(run_dir / 'checkpoints' / step)
   before = content(run_dir / 'checkpoints')
+  for _ in range(2):
+    line = refusal(*TRAIN, corpus, f'RUN_DIR={run_dir}')
+    assert f'a whole checkpoint in {run_dir}/checkpoints, found damage' in line
+    assert 'step 2: checksums.json is missing' in line
+    assert content(run_dir / 'checkpoints') == before
+  # And if somebody moves them where damaged ones lie, it does not either.
+  (run_dir / 'checkpoints' / 'damaged').mkdir()
+  for step in ('1', '2'):
+    shutil.move(
+        run_dir / 'checkpoints' / step, run_dir / 'checkpoints' / 'damaged'
+    )
   line = refusal(*TRAIN, corpus, f'RUN_DIR={run_dir}')
-  assert f'{run_dir}/checkpoints/2 is damaged: trainable/{name} has' in line
-  assert 'whole checkpoint before it is step 1' in line
-  assert content(run_dir / 'checkpoints') == before
-  # The advice works.
-  shutil.move(run_dir / 'checkpoints' / '2', run_dir.parent / 'moved')
-  assert main.main([*TRAIN, corpus, f'RUN_DIR={run_dir}']) == 0
-  assert (run_dir / 'model').is_dir()
+  assert 'found damaged ones alone' in line and 'to start anew' in line
+
+
+@pytest.mark.parametrize('command', [EVALUATE, GENERATE], ids=lambda x: x[0])
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_who_only_reads_moves_no_damaged_checkpoint(
+    refusal, run_dir, command, damage
+):
+  forget_steps_after(run_dir, 2)
+  name = damage(run_dir / 'checkpoints' / '2')
+  before = content(run_dir)
+  line = refusal(*command, f'RUN_DIR={run_dir}')
+  assert f'{run_dir}/checkpoints/2 is damaged: {name} ' in line
+  assert 'step 1 before it is whole' in line
+  assert content(run_dir) == before
 
 
 def test_a_half_written_checkpoint_is_passed_over(corpus, run_dir):
@@ -315,17 +384,36 @@ def test_a_half_written_checkpoint_is_passed_over(corpus, run_dir):
   assert {path.name for path in checkpoints.iterdir()} == {'1', '2', '3'}
 
 
-@pytest.mark.parametrize(
-    'lost', ['checksums.json', 'trainable/commit_success.txt']
-)
-def test_a_committed_checkpoint_that_lost_a_file_is_refused(
-    corpus, refusal, run_dir, lost
+def test_damaged_weights_of_a_finished_run_are_written_again(
+    corpus, run_dir, trained, caplog
 ):
-  forget_steps_after(run_dir, 2)
-  (run_dir / 'checkpoints' / '2' / lost).unlink()
-  line = refusal(*TRAIN, corpus, f'RUN_DIR={run_dir}')
-  assert f'is damaged: {lost} is missing' in line
-  assert 'step 1' in line
+  name = flip_a_byte(run_dir / 'model' / 'arrays')
+  before = content(run_dir / 'checkpoints')
+  metrics = (run_dir / 'metrics.jsonl').read_bytes()
+  assert main.main([*TRAIN, corpus, f'RUN_DIR={run_dir}']) == 0
+  [line] = warnings_of(caplog)
+  assert f'weights in {run_dir}/model are damaged: arrays/{name} ' in line
+  assert line.endswith('; they are written again.')
+  expected, found = (
+      trained_model.load_trained_model(str(folder))
+      for folder in (trained, run_dir)
+  )
+  jax.tree.map(
+      np.testing.assert_array_equal, found.all_params, expected.all_params
+  )
+  assert content(run_dir / 'checkpoints') == before
+  assert (run_dir / 'metrics.jsonl').read_bytes() == metrics
+
+
+def test_checkpoints_of_certain_steps_are_kept_for_good(corpus, run_dir):
+  forget_steps_after(run_dir, 1)
+  assert main.main([
+      *TRAIN, corpus, f'RUN_DIR={run_dir}', 'CHECKPOINTS_TO_KEEP=1',
+      'CHECKPOINT_KEEP_EVERY=2',
+  ]) == 0  # fmt: skip
+  assert {path.name for path in (run_dir / 'checkpoints').iterdir()} == {
+      '2', '3'
+  }
 
 
 # Of trained models.
@@ -444,26 +532,62 @@ def test_a_disk_full_at_a_result_is_one_line(
   assert 'No space left' in line
 
 
-@pytest.mark.parametrize('value', [float('nan'), float('inf')])
-def test_a_number_that_is_none_stops_with_step_and_objective(
-    corpus, refusal, tmp_path, monkeypatch, value
-):
-  run_dir = tmp_path / 'run'
+@pytest.fixture
+def poison(monkeypatch):
+  """Puts a number among the loss weights of the second update, always."""
   at = TrainBatches.at
 
-  def poisoned(self, step):
-    batches = at(self, step)
-    weights = batches['causal_lm']['decoder_loss_weights']
-    if step == 1:  # The second update.
-      weights = jax.device_put(jnp.full_like(weights, value), weights.sharding)
-    batches['causal_lm']['decoder_loss_weights'] = weights
-    return batches
+  def set_value(value):
+    def poisoned(self, step):
+      batches = at(self, step)
+      weights = batches['causal_lm']['decoder_loss_weights']
+      if step == 1:
+        weights = jax.device_put(
+            jnp.full_like(weights, value), weights.sharding
+        )
+      batches['causal_lm']['decoder_loss_weights'] = weights
+      return batches
 
-  monkeypatch.setattr(TrainBatches, 'at', poisoned)
-  line = refusal(*TRAIN, corpus, f'RUN_DIR={run_dir}')
-  assert 'at step 2, found that ' in line and 'of causal_lm is ' in line
+    monkeypatch.setattr(TrainBatches, 'at', poisoned)
+
+  return set_value
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_bad_steps_in_a_row_stop_with_step_and_objective(
+    corpus, refusal, tmp_path, poison, value
+):
+  run_dir = tmp_path / 'run'
+  poison(value)
+  line = refusal(*TRAIN, corpus, f'RUN_DIR={run_dir}', 'MAX_BAD_STEPS=1')
+  assert 'found 1 up to step 2, where loss of causal_lm is nan; ' in line
+  assert f'`codet5p replay --run_dir={run_dir} --step=2`' in line
   assert 'lower LEARNING_RATE' in line
-  # Nothing of it was saved.
+  # Its batch was saved, its state was not.
+  with np.load(run_dir / 'bad_steps' / '2.npz') as batch:
+    weights = batch['causal_lm/decoder_loss_weights']
+  np.testing.assert_array_equal(weights, np.full((1, 8, 8), value))
   assert [x.name for x in (run_dir / 'checkpoints').iterdir()] == ['1']
   assert not (run_dir / 'model').exists()
-  assert len((run_dir / 'metrics.jsonl').read_text().splitlines()) == 1
+  metrics = run_folder.read_metrics(run_dir / 'metrics.jsonl')
+  assert [row['step'] for row in metrics] == [1, 2]
+  assert metrics[1]['causal_lm/loss'] == 'nan'
+
+
+def test_a_single_bad_step_is_left_out_and_told(
+    corpus, tmp_path, poison, capsys
+):
+  run_dir = tmp_path / 'run'
+  poison(float('nan'))
+  assert main.main([*TRAIN, corpus, f'RUN_DIR={run_dir}']) == 0
+  told = capsys.readouterr().err
+  assert told.count('is left out') == 1
+  assert 'Step 2 is left out: loss of causal_lm is nan.' in told
+  metrics = run_folder.read_metrics(run_dir / 'metrics.jsonl')
+  assert [
+      (row['step'], row['bad_steps'])
+      for row in metrics
+      if row['kind'] == 'train'
+  ] == [(1, 0), (2, 1), (3, 0)]
+  assert np.isfinite(metrics[-1]['causal_lm/loss'])
+  assert not (run_dir / 'bad_steps').exists()

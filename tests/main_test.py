@@ -13,6 +13,7 @@ import codet5p_jax.runs
 from codet5p_jax import configuration
 from codet5p_jax import gin_paths
 from codet5p_jax import main
+from codet5p_jax.training import distributed
 
 ROOT = pathlib.Path(main.__file__).parents[1]
 
@@ -27,6 +28,10 @@ RUNS = {
                 operative_config=None):
           if model_dir == 'user error':
             raise errors.UserError('expected more,\\nfound less')
+          if model_dir == 'unavailable':
+            raise errors.Unavailable('expected a host,\\nfound none')
+          if model_dir == 'preempted':
+            raise errors.Preempted('step 3 is saved')
           if model_dir == 'bug':
             raise KeyError('a bug')
           if model_dir == 'interrupt':
@@ -204,6 +209,27 @@ def test_an_interrupt_is_one_line_with_status_130(runs, capsys):
   assert capsys.readouterr().err == 'codet5p: interrupted\n'
 
 
+@pytest.mark.parametrize(
+    ('model_dir', 'status', 'line', 'last_words'),
+    [
+        ('user error', 2, 'expected more, found less', True),
+        ('unavailable', 69, 'expected a host, found none', True),
+        # All know, and save.
+        ('preempted', 75, 'step 3 is saved', False),
+    ],
+)
+def test_other_processes_end_with_the_same_status(
+    runs, capsys, monkeypatch, model_dir, status, line, last_words
+):
+  left = []
+  monkeypatch.setattr(distributed, 'leave', lambda *words: left.append(words))
+  assert main.main(
+      ['fit', '--gin_file=fit.gin', f'--gin.fit.model_dir={model_dir!r}']
+  ) == status
+  assert capsys.readouterr().err == f'codet5p: {line}\n'
+  assert left == [(status, line if last_words else '', '')]
+
+
 def test_a_bug_keeps_its_traceback(runs):
   with pytest.raises(KeyError) as bug:
     main.main(['fit', '--gin_file=fit.gin', 'MODEL_DIR=bug'])
@@ -247,6 +273,31 @@ def run_python(*arguments: str, **options) -> subprocess.CompletedProcess:
   return subprocess.run(
       [sys.executable, *arguments], text=True, capture_output=True, cwd=ROOT,
       check=False, **options)
+
+
+def test_tasks_that_a_full_disk_has_ended_say_nothing():
+  code = textwrap.dedent('''
+      import asyncio, sys
+      from codet5p_jax import main
+
+      class Writing:
+        def __del__(self):
+          loop.call_soon_threadsafe(print)
+
+      class Lost:
+        def __del__(self):
+          raise KeyError('told')
+
+      loop = asyncio.new_event_loop()
+      loop.close()
+      main._speak_for_ourselves()
+      writing, lost = Writing(), Lost()
+      del writing, lost
+  ''')
+  finished = run_python('-c', code)
+  assert finished.returncode == 0
+  assert finished.stderr.count('Traceback') == 1
+  assert "KeyError: 'told'" in finished.stderr
 
 
 def test_help_and_slips_import_neither_jax_nor_gin():

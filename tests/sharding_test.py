@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import PartitionSpec
 
 from codet5p_jax import sharding
@@ -17,6 +18,7 @@ from codet5p_jax.models.shallow_encoder_deep_decoder import (
     ShallowEncoderDeepDecoderConfig,
 )
 from codet5p_jax.models.t5 import T5Config
+from codet5p_jax.planning.topology import topology_devices
 from codet5p_jax.sharding import DEFAULT_RULES
 
 CODEGEN_350M = CodeGenConfig(51200, 1024, 20, 16, 64, 32, 4096)
@@ -83,6 +85,43 @@ def test_shapes_that_do_not_use_every_device_once_are_refused(shape):
   assert f'mesh shape {shape} (replica, data, model) needs' in message
   assert 'there are 8; set MESH_SHAPE so that its product is 8' in message
   assert '\n' not in message
+
+
+@pytest.fixture(scope='module')
+def two_slices():
+  """Two slices of four chips each, as the compiler knows them."""
+  topology_devices('v5e:1x1')  # Starts it with what it asks for.
+  topology = topologies.get_topology_desc('v5e:2x2', 'tpu', num_slices=2)
+  return topology.devices
+
+
+@pytest.mark.parametrize('shape', [(2, 4, 1), (2, 2, 2), (4, 1, 2), (8, 1, 1)])
+def test_only_the_replica_axis_goes_from_slice_to_slice(two_slices, shape):
+  mesh = sharding.make_mesh(shape, two_slices[::-1])
+  assert mesh.devices.shape == shape
+  assert set(mesh.devices.flat) == set(two_slices)
+  slices = [
+      {device.slice_index for device in replica.flat}
+      for replica in mesh.devices
+  ]
+  half = shape[0] // 2
+  assert slices == [{0}] * half + [{1}] * half
+
+
+def test_one_slice_is_cut_as_it_likes(two_slices):
+  mesh = sharding.make_mesh((1, -1, 1), two_slices[:4])
+  assert set(mesh.devices.flat) == set(two_slices[:4])
+
+
+@pytest.mark.parametrize('shape', [(1, 8, 1), (1, 4, 2)])
+def test_nothing_is_sharded_from_slice_to_slice(two_slices, shape):
+  with pytest.raises(UserError) as error:
+    sharding.make_mesh(shape, two_slices)
+  assert str(error.value) == (
+      f'expected the replica axis to be a multiple of the 2 slices, since '
+      f'parameters are sharded within a slice, found mesh shape {shape} '
+      f'(replica, data, model); set MESH_SHAPE=(2, -1, {shape[2]})'
+  )
 
 
 def test_an_unknown_logical_axis_is_an_error_and_not_a_copy():

@@ -1,11 +1,13 @@
 """Training: pre-training and fine-tuning alike."""
 
-import collections
+import contextlib
 import dataclasses
+import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 from flax.traverse_util import flatten_dict
 
 from codet5p_jax.conversion.init_from import absolute
@@ -13,6 +15,7 @@ from codet5p_jax.corpus.provision import corpus_of
 from codet5p_jax.data.vocabularies import Vocabulary, load_vocabulary
 from codet5p_jax.errors import UserError, require_positive
 from codet5p_jax.initialisation import (
+    Frozen,
     first_state,
     format_parts,
     parts_table,
@@ -21,30 +24,49 @@ from codet5p_jax.initialisation import (
 from codet5p_jax.planning.chips import peak_flops_per_second
 from codet5p_jax.planning.flops import training_flops
 from codet5p_jax.sharding import make_mesh
+from codet5p_jax.storage import local_path
 from codet5p_jax.training.batches import (
     TrainBatches,
+    data_fingerprint,
     evaluation_examples,
     training_examples,
 )
 from codet5p_jax.training.checkpoints.save import Checkpoints
+from codet5p_jax.training.checkpoints.steps import committed_steps
+from codet5p_jax.training.checkpoints.verify import DamagedCheckpoint, verify
 from codet5p_jax.training.checkpoints.weights import save_weights
+from codet5p_jax.training.compilation_cache import using_compilation_cache
+from codet5p_jax.training.distributed import (
+    agree,
+    as_first_process,
+    failing_together,
+    join,
+    on_first_process,
+    program_digest,
+    wait_for_all,
+)
 from codet5p_jax.training.evaluation import evaluate_objectives
-from codet5p_jax.training.logging import RunLog, check_finite, means
+from codet5p_jax.training.logging import RunLog
+from codet5p_jax.training.loop import PATIENCE, Loop, make_steps
 from codet5p_jax.training.partition import merge_params
-from codet5p_jax.storage import local_path
+from codet5p_jax.training.preemption import PreemptionNotice
 from codet5p_jax.training.run_folder import (
     RunFolder,
+    describe,
     open_run_folder,
+    read_metrics,
     trim_metrics,
     write_result,
 )
+from codet5p_jax.training.run_lock import RunLock, await_lock
+from codet5p_jax.training.timeline import Timeline
 from codet5p_jax.training.train_step import (
     StepConfig,
     TrainState,
     TrainStep,
     make_train_step,
-    microbatch_counts,
 )
+from codet5p_jax.training.watchdog import Watchdog
 
 _logger = logging.getLogger(__name__)
 
@@ -61,6 +83,12 @@ def train(
     evaluation_batch_count: int | None = 20,
     checkpoint_every: int = 1000,
     checkpoints_to_keep: int | None = 3,
+    checkpoint_keep_every: int | None = None,
+    hang_seconds: float = 600.0,
+    join_seconds: float = 300.0,
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
     operative_config: Callable[[], str] | None = None,
 ) -> None:
   """Trains a model, or goes on where a run of the same settings stopped.
@@ -82,12 +110,25 @@ def train(
     evaluation_batch_count: batches of an evaluation; None for the whole split.
     checkpoint_every: steps between checkpoints; there is one at the end.
     checkpoints_to_keep: the newest ones; None for all.
+    checkpoint_keep_every: those of steps that are multiples of it are kept for
+      good beside the newest ones; None for none.
+    hang_seconds: a step that takes longer, or what has to be compiled or saved
+      six times as long, ends the process with status 70 and its stacks in
+      `hangs/`.
+    join_seconds: that a process waits for the others before the first step.
+    coordinator_address: host:port of process 0 where the run has several
+      processes and JAX cannot find them: on TPUs, GKE and Slurm it can.
+    num_processes: of the run.
+    process_id: of this process, from 0 on.
     operative_config: gives the configuration that replays this run.
 
   Raises:
     UserError: the settings contradict each other, the folder or the data; or
-      a loss is not finite.
+      too many steps in a row were bad, see training/step_health.py; a host is
+      missing or differs from the others; another run uses the folder.
+    Preempted: the machine is about to be taken away; the run is saved.
   """
+  join(coordinator_address, num_processes, process_id, join_seconds)
   require_positive(
       train_steps=train_steps,
       log_every=log_every,
@@ -95,102 +136,271 @@ def train(
       evaluation_batch_count=evaluation_batch_count,
       checkpoint_every=checkpoint_every,
       checkpoints_to_keep=checkpoints_to_keep,
+      checkpoint_keep_every=checkpoint_keep_every,
+      hang_seconds=hang_seconds,
   )
   if not step_config.objectives:
     raise UserError('expected objectives to train, found none; set OBJECTIVES')
+  folder = RunFolder(local_path(run_dir))
+  _agree_upon_settings(
+      step_config,
+      RUN_DIR=str(folder.path),
+      DATA_DIR=data_dir,
+      VOCABULARY_DIR=vocabulary_dir,
+      INIT_FROM=init_from,
+      TRAIN_STEPS=train_steps,
+      # Whoever counts otherwise saves or evaluates while others do not.
+      LOG_EVERY=log_every,
+      EVALUATE_EVERY=(evaluate_every, evaluation_batch_count),
+      CHECKPOINT_EVERY=(
+          checkpoint_every,
+          checkpoints_to_keep,
+          checkpoint_keep_every,
+      ),
+  )
   mesh = make_mesh(step_config.mesh_shape)
   train_step = make_train_step(step_config, mesh)
-  if all(objective.reads_corpus for objective in step_config.objectives):
-    data_dir = corpus_of(
-        data_dir,
-        f'{run_dir.rstrip("/")}.corpus',
-        vocabulary_dir,
-        step_config.model.vocab_size,
+  resumes = as_first_process(bool(committed_steps(folder.checkpoints)))
+  data = _read_data(step_config, run_dir, data_dir, vocabulary_dir)
+  with failing_together():
+    initialisation = plan_first_state(
+        init_from, train_step, data.vocabulary, resumes
     )
-  vocabulary = load_vocabulary(vocabulary_dir or f'{data_dir}/vocabulary')
-  _check_vocabulary(vocabulary, step_config)
-  resumes = RunFolder(local_path(run_dir)).has_checkpoints()
-  initialisation = plan_first_state(init_from, train_step, vocabulary, resumes)
-  objectives = step_config.objectives
-  training = {
-      o.name: training_examples(o, data_dir, vocabulary, step_config.seed)
-      for o in objectives
+  identity = _identity(step_config, train_steps, data)
+  parts = (
+      None
+      if resumes
+      else parts_table(initialisation, train_step.abstract_state)
+  )
+  with contextlib.ExitStack() as held:
+    watchdog = held.enter_context(Watchdog(folder.path / 'hangs'))
+    notice = held.enter_context(PreemptionNotice())
+    lock = RunLock(folder.lock)
+    on_first_process(lambda: held.enter_context(lock))
+    on_first_process(
+        lambda: _prepare_folder(
+            folder,
+            identity,
+            data.vocabulary,
+            operative_config,
+            parts,
+        )
+    )
+    name = as_first_process(lock.name)
+    with failing_together():
+      await_lock(folder.lock, name)
+    timeline = held.enter_context(
+        Timeline(folder.timeline, jax.process_index() == 0)
+    )
+    held.enter_context(using_compilation_cache(folder.compiled))
+    saved = held.enter_context(
+        Checkpoints(
+            folder.checkpoints,
+            max_to_keep=checkpoints_to_keep,
+            keep_every=checkpoint_keep_every,
+            tell=timeline.event,
+        )
+    )
+    watchdog.expect('restoring the state', hang_seconds * PATIENCE)
+    state, frozen = first_state(initialisation, train_step, saved)
+    first = int(state.step)
+    on_first_process(lambda: trim_metrics(folder.metrics, first))
+    if first:
+      _logger.info('Going on at step %d of %d.', first, train_steps)
+    if first >= train_steps and _is_complete(folder):
+      _logger.info('The run in %s is complete.', folder.path)
+      return
+    _logger.info('Compiling the train step.')
+    log = held.enter_context(
+        contextlib.closing(
+            RunLog(
+                folder,
+                first,
+                train_steps,
+                _microbatch_flops(train_step),
+                peak_flops_per_second(mesh.devices.flatten().tolist()),
+                timeline,
+            )
+        )
+    )
+    metadata = {
+        'frozen_fingerprint': frozen.fingerprint,
+        'init_from': absolute(init_from),
+    }
+    with timeline.training(first):
+      # A session may have another rule than the one before: for `replay`.
+      timeline.event('rule', bad_steps=describe(step_config.bad_steps))
+      state = make_steps(
+          state,
+          Loop(
+              train_step=train_step,
+              batches=TrainBatches(step_config, train_step, data.training),
+              folder=folder,
+              last=train_steps,
+              log=log,
+              timeline=timeline,
+              log_every=log_every,
+              learning_rate=step_config.optimizer.schedule(),
+              evaluate_every=evaluate_every,
+              evaluate=lambda state, after_batch: evaluate_objectives(
+                  train_step,
+                  state.params,
+                  state.frozen_params,
+                  state.objective_state,
+                  data.validation,
+                  evaluation_batch_count,
+                  after_batch,
+              ),
+              evaluated_step=as_first_process(_evaluated_step(folder)),
+              checkpoint_every=checkpoint_every,
+              saved=saved,
+              metadata=metadata,
+              notice=notice,
+              watchdog=watchdog,
+              hang_seconds=hang_seconds,
+              lock=lock,
+          ),
+      )
+    watchdog.expect('writing the weights', hang_seconds * PATIENCE)
+    with timeline.within('checkpoint'):
+      saved.wait_until_finished()
+      on_first_process(lock.require_held)
+      _write_weights(folder, step_config.model, state, frozen, init_from)
+      wait_for_all()
+  _logger.info('Weights in %s.', folder.model)
+
+
+def _agree_upon_settings(step_config: StepConfig, **settings: Any) -> None:
+  """Checks that all processes run the same program with the same settings."""
+  if jax.process_count() == 1:
+    return
+  fields = {
+      field.name: getattr(step_config, field.name)
+      for field in dataclasses.fields(step_config)
   }
-  validation = {
-      o.name: evaluation_examples(o, data_dir, 'validation', vocabulary)
-      for o in objectives
-  }
-  identity = _identity(step_config, train_steps, vocabulary, data_dir)
-  folder = open_run_folder(
-      run_dir,
+  agree({
+      'program': program_digest(),
+      **{
+          name: json.dumps(describe(value))
+          for name, value in {**fields, **settings}.items()
+      },
+  })
+
+
+@dataclasses.dataclass(frozen=True)
+class _Data:
+  """What a run reads.
+
+  Attributes:
+    folder: of it.
+    vocabulary: of the run.
+    training: {objective name: endless examples}.
+    validation: {objective name: examples}.
+    fingerprints: {objective name: of the rows to train on}.
+  """
+
+  folder: str
+  vocabulary: Vocabulary
+  training: Mapping[str, Any]
+  validation: Mapping[str, Any]
+  fingerprints: Mapping[str, Any]
+
+
+def _read_data(
+    config: StepConfig, run_dir: str, data_dir: str, vocabulary_dir: str | None
+) -> _Data:
+  """Opens the data of a run, on every process alike.
+
+  Raises:
+    UserError: they are none for this model, or other data on some process.
+  """
+  objectives = config.objectives
+  made = []
+  if all(objective.reads_corpus for objective in objectives):
+    # Of sources it makes a corpus, once.
+    on_first_process(
+        lambda: made.append(
+            corpus_of(
+                data_dir,
+                f'{run_dir.rstrip("/")}.corpus',
+                vocabulary_dir,
+                config.model.vocab_size,
+            )
+        )
+    )
+  [folder] = as_first_process(made or [str(data_dir)])
+  with failing_together():
+    vocabulary = load_vocabulary(vocabulary_dir or f'{folder}/vocabulary')
+    _check_vocabulary(vocabulary, config)
+    fingerprints = {
+        split: {
+            o.name: data_fingerprint(o, folder, split, vocabulary)
+            for o in objectives
+        }
+        for split in ('train', 'validation')
+    }
+    data = _Data(
+        folder,
+        vocabulary,
+        {
+            o.name: training_examples(o, folder, vocabulary, config.seed)
+            for o in objectives
+        },
+        {
+            o.name: evaluation_examples(o, folder, 'validation', vocabulary)
+            for o in objectives
+        },
+        fingerprints['train'],
+    )
+  agree({'data': json.dumps([vocabulary.fingerprint, fingerprints])})
+  return data
+
+
+def _prepare_folder(
+    folder: RunFolder,
+    identity: Mapping[str, Any],
+    vocabulary: Vocabulary,
+    operative_config: Callable[[], str] | None,
+    parts: Sequence[Mapping[str, Any]] | None,
+) -> None:
+  """Writes what describes the run.
+
+  Args:
+    folder: of the run, which this process has locked.
+    identity: see `_identity`.
+    vocabulary: of the run.
+    operative_config: as for `train`.
+    parts: what the model is made of, in a run that begins.
+
+  Raises:
+    UserError: the folder is that of another run, or cannot be written.
+  """
+  open_run_folder(
+      folder.path,
       identity,
-      may_differ=('computation.remat_policy', 'computation.scan_layers'),
+      may_differ=(
+          'computation.remat_policy',
+          'computation.scan_layers',
+          'bad_steps',
+      ),
   )
   if not folder.vocabulary.exists():
     vocabulary.save(folder.vocabulary)
   if operative_config is not None:
     write_result(folder.path / 'operative_config.gin', operative_config())
+  if parts is not None:
+    _logger.info('%s', format_parts(parts))
+    write_result(folder.path / 'parts.json', {'parts': parts})
 
-  with Checkpoints(
-      folder.checkpoints, max_to_keep=checkpoints_to_keep
-  ) as saved:
-    if not resumes:
-      parts = parts_table(initialisation, train_step.abstract_state)
-      _logger.info('%s', format_parts(parts))
-      write_result(folder.path / 'parts.json', {'parts': parts})
-    state, frozen = first_state(initialisation, train_step, saved)
-    first = int(state.step)
-    trim_metrics(folder.metrics, first)
-    if first:
-      _logger.info('Going on at step %d of %d.', first, train_steps)
-    if first >= train_steps and folder.model.exists():
-      _logger.info('The run in %s is complete.', folder.path)
-      return
-    _logger.info('Compiling the train step.')
-    log = RunLog(
-        folder,
-        first,
-        train_steps,
-        {
-            o.name: training_flops(
-                step_config.model,
-                o.batch_spec(step_config.microbatch_rows(o)),
-                flatten_dict(train_step.abstract_state.params, sep='/').keys(),
-                step_config.computation,
-            ).least
-            for o in objectives
-        },
-        peak_flops_per_second(mesh.devices.flatten().tolist()),
-    )
-    try:
-      state = _loop(
-          state,
-          _Loop(
-              train_step=train_step,
-              batches=TrainBatches(step_config, train_step, training),
-              last=train_steps,
-              log=log,
-              log_every=log_every,
-              learning_rate=step_config.optimizer.schedule(),
-              evaluate_every=evaluate_every,
-              evaluate=lambda state: evaluate_objectives(
-                  train_step,
-                  state.params,
-                  state.frozen_params,
-                  state.objective_state,
-                  validation,
-                  evaluation_batch_count,
-              ),
-              checkpoint_every=checkpoint_every,
-              saved=saved,
-              metadata={
-                  'frozen_fingerprint': frozen.fingerprint,
-                  'init_from': absolute(init_from),
-              },
-          ),
-      )
-    finally:
-      log.close()
+
+def _write_weights(
+    folder: RunFolder,
+    model: Any,
+    state: TrainState,
+    frozen: Frozen,
+    init_from: Sequence[Any],
+) -> None:
+  """Writes the weights of a run that is complete; every process calls it."""
   params = state.params
   if not frozen.digests:  # Frozen as it was drawn: nothing else has it.
     params = merge_params(params, state.frozen_params)
@@ -202,71 +412,54 @@ def train(
           'frozen_digests': frozen.digests,
           'init_from': absolute(init_from),
       },
-      step_config.model.vocab_size,
+      model.vocab_size,
   )
-  _logger.info('Weights in %s.', folder.model)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Loop:
-  """What the loop needs; see `train`."""
-
-  train_step: TrainStep
-  batches: TrainBatches
-  last: int
-  log: RunLog
-  log_every: int
-  learning_rate: Callable[[int], Any]
-  evaluate_every: int
-  evaluate: Callable[[TrainState], dict[str, float]]
-  checkpoint_every: int
-  saved: Checkpoints
-  metadata: dict[str, Any]
+def _microbatch_flops(train_step: TrainStep) -> dict[str, int]:
+  """Model FLOPs of a micro-batch of each objective, the least possible."""
+  config = train_step.config
+  trained = flatten_dict(train_step.abstract_state.params, sep='/').keys()
+  return {
+      o.name: training_flops(
+          config.model,
+          o.batch_spec(config.microbatch_rows(o)),
+          trained,
+          config.computation,
+      ).least
+      for o in config.objectives
+  }
 
 
-def _loop(state: TrainState, loop: _Loop) -> TrainState:
-  """Makes the steps from the state's own to the last."""
-  first = int(state.step)
-  pending: collections.deque = collections.deque()
-  seen_counts: list[dict[str, int]] = []  # A step is compiled for each.
+def _is_complete(folder: RunFolder) -> bool:
+  """Whether the run's weights are there and whole, as process 0 finds.
 
-  def settle(leave: int) -> None:
-    # Looks at metrics one step late, so that the device always has the next
-    # step at hand while the host reads those of the last.
-    while len(pending) > leave:
-      step, metrics, counts, compiled = pending.popleft()
-      values = means(metrics)
-      check_finite(step, values)
-      loop.log.advance(values, counts, compiled)
-      if step % loop.log_every == 0 or step == loop.last:
-        loop.log.train(
-            step,
-            values,
-            loop.batches.seconds_waiting,
-            learning_rate=float(loop.learning_rate(step - 1)),
+  Raises:
+    UserError: they cannot be read.
+  """
+  is_whole = False
+  with failing_together():
+    if jax.process_index() == 0 and folder.model.exists():
+      try:
+        verify(folder.model)
+        is_whole = True
+      except DamagedCheckpoint as error:
+        _logger.warning(
+            'The weights in %s are damaged: %s; they are written again.',
+            folder.model,
+            error.fault,
         )
+  return as_first_process(is_whole)
 
-  for number, batch in enumerate(loop.batches.read(first, loop.last), first):
-    counts = microbatch_counts(loop.train_step.config, number)
-    compiles = counts not in seen_counts
-    if compiles:
-      seen_counts.append(counts)
-      settle(leave=0)  # Lest the compiling count as time of the step before.
-    state, metrics = loop.train_step.step(state, batch)
-    step = number + 1
-    pending.append((step, metrics, counts, compiles))
-    settle(leave=0 if compiles else 1)
-    loop.saved.check_for_errors()
-    is_last = step == loop.last
-    if step % loop.evaluate_every == 0 or is_last:
-      settle(leave=0)
-      with loop.log.pause():
-        loop.log.evaluation(step, loop.evaluate(state))
-    if step % loop.checkpoint_every == 0 or is_last:
-      settle(leave=0)  # Never saves a state whose loss was not seen.
-      with loop.log.pause():
-        loop.saved.save(step, state, {'step': step}, loop.metadata)
-  return state
+
+def _evaluated_step(folder: RunFolder) -> int | None:
+  """The step of the newest evaluation in the metrics; None without any."""
+  steps = [
+      row['step']
+      for row in read_metrics(folder.metrics)
+      if row['kind'] == 'evaluation'
+  ]
+  return max(steps, default=None)
 
 
 def _check_vocabulary(vocabulary: Vocabulary, config: StepConfig) -> None:
@@ -294,10 +487,7 @@ def _check_vocabulary(vocabulary: Vocabulary, config: StepConfig) -> None:
 
 
 def _identity(
-    config: StepConfig,
-    train_steps: int,
-    vocabulary: Vocabulary,
-    data_dir: str,
+    config: StepConfig, train_steps: int, data: _Data
 ) -> dict[str, Any]:
   """What makes a run this run; its layout on devices does not."""
   fields = (
@@ -310,10 +500,12 @@ def _identity(
       'frozen_dtype',
       'seed',
       'computation',
+      'bad_steps',
   )
   return {
       **{field: getattr(config, field) for field in fields},
       'train_steps': train_steps,
-      'vocabulary_fingerprint': vocabulary.fingerprint,
-      'data_dir': str(data_dir),
+      'vocabulary_fingerprint': data.vocabulary.fingerprint,
+      'data_dir': data.folder,
+      'data': data.fingerprints,
   }

@@ -9,7 +9,7 @@ of hosts reads the same global batch, each only the rows its devices hold.
 
 import collections
 import concurrent.futures
-import time
+import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -29,6 +29,8 @@ from codet5p_jax.training.train_step import (
 # Of the random numbers of an evaluation: the same in every run.
 EVALUATION_SEED = 0
 
+_FINGERPRINT_ROWS = 64
+
 
 def example_generator(seed: int, index: int) -> np.random.Generator:
   """The random numbers that example `index` of a stream is made with."""
@@ -42,7 +44,23 @@ def training_rows(
   import grain
 
   rows = objective.rows(data_dir, split, vocabulary)
-  return grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+  return _in_random_order(grain.MapDataset.source(rows), seed)
+
+
+def training_row_numbers(num_rows: int, seed: int) -> Any:
+  """Which of so many rows each example of training is made of.
+
+  Returns:
+    A grain.MapDataset, endless: a row's number by the number of an example of
+    `training_examples`.
+  """
+  import grain
+
+  return _in_random_order(grain.MapDataset.range(num_rows), seed)
+
+
+def _in_random_order(dataset: Any, seed: int) -> Any:
+  return dataset.seed(seed).shuffle().repeat()
 
 
 def training_examples(
@@ -79,12 +97,44 @@ def evaluation_examples(
   return grain.MapDataset.source(rows).map_with_index(example)
 
 
-class TrainBatches:
-  """Training batches by step, read ahead by one thread.
+def data_fingerprint(
+    objective: Objective, data_dir: str, split: str, vocabulary: Any
+) -> dict[str, Any]:
+  """Tells data apart without reading all of it.
 
-  Attributes:
-    seconds_waiting: that the caller has waited for batches so far.
+  Returns:
+    The number of rows of the split, and a digest of the examples made of some
+    of them, spread evenly.
   """
+  rows = objective.rows(data_dir, split, vocabulary)
+  count = min(len(rows), _FINGERPRINT_ROWS)
+  digest = hashlib.sha256()
+  for number in range(count):
+    index = number * len(rows) // count
+    generator = example_generator(EVALUATION_SEED, index)
+    example = objective.example(rows[index], generator, vocabulary)
+    for name in sorted(example):
+      digest.update(np.ascontiguousarray(example[name]).tobytes())
+  return {'rows': len(rows), 'digest': digest.hexdigest()}
+
+
+def batch_examples(config: StepConfig, step: int) -> dict[str, range]:
+  """Which examples of its endless stream each objective gives to a step.
+
+  Args:
+    config: of the run.
+    step: updates made before.
+  """
+  examples = {}
+  rows = {o.name: config.microbatch_rows(o) for o in config.objectives}
+  for name, count in microbatch_counts(config, step).items():
+    first = step * rows[name] * config.num_microbatches
+    examples[name] = range(first, first + count * rows[name])
+  return examples
+
+
+class TrainBatches:
+  """Training batches by step, read ahead by one thread."""
 
   def __init__(
       self,
@@ -103,20 +153,18 @@ class TrainBatches:
     self._sharding = train_step.batch_sharding
     self._datasets = datasets
     self._objectives = {o.name: o for o in config.objectives}
-    self.seconds_waiting = 0.0
 
   def at(self, step: int) -> StepBatch:
     """The batches of a step: {objective: {feature: [micro, batch, ...]}}."""
     config = self._config
     result = {}
-    for name, count in microbatch_counts(config, step).items():
+    for name, numbers in batch_examples(config, step).items():
       dataset = self._datasets[name]
       rows = config.microbatch_rows(self._objectives[name])
-      first = step * rows * config.num_microbatches
-      shape = (count, rows)
+      shape = (len(numbers) // rows, rows)
 
-      def row(micro, index, dataset=dataset, first=first, rows=rows):
-        return dataset[first + micro * rows + index]
+      def row(micro, index, dataset=dataset, numbers=numbers, rows=rows):
+        return dataset[numbers[micro * rows + index]]
 
       result[name] = _global_arrays(row, shape, self._sharding)
     return result
@@ -129,10 +177,7 @@ class TrainBatches:
         if step < last:
           ahead.append(pool.submit(self.at, step))
         if step >= first + 2:
-          begin = time.monotonic()
-          batch = ahead.popleft().result()
-          self.seconds_waiting += time.monotonic() - begin
-          yield batch
+          yield ahead.popleft().result()
 
 
 def evaluation_batches(

@@ -24,6 +24,7 @@ def evaluate_objectives(
     objective_state: Tree,
     datasets: Mapping[str, Any],
     num_batches: int | None,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
   """Mean metrics of every objective over a split, each example once.
 
@@ -34,6 +35,7 @@ def evaluate_objectives(
     objective_state: {objective name: its state}.
     datasets: {objective name: examples}, see `evaluation_examples`.
     num_batches: at most so many batches of each; None for all.
+    after_batch: called after each batch.
 
   Returns:
     {"<objective>/<metric>": mean over target tokens}. Among them
@@ -69,6 +71,13 @@ def evaluate_objectives(
             batch['decoder_target_tokens'], batch['decoder_loss_weights']
         )
         counts = new if counts is None else counts + new
+      try:
+        after_batch()
+      except BaseException:
+        # Whoever ends an evaluation has other work for the devices, and on
+        # CPUs two computations that exchange something may lock up.
+        jax.block_until_ready((sums, counts))
+        raise
     if counts is not None:
       values[f'{objective.name}/unigram_entropy'] = entropy(counts)
     for name, value in means(sums).items():

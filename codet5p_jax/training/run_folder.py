@@ -3,12 +3,15 @@
     config.json       model, objectives, optimizer, fingerprints
     vocabulary/       the tokenizer's files
     metrics.jsonl     one JSON object a line
+    timeline.jsonl    where the time went, see training/timeline.py
     events/           for TensorBoard
     parts.json        what the model is made of: trained or frozen, from where
-    checkpoints/      one folder per step
+    checkpoints/      one folder per step; damaged ones in damaged/
     model/            weights alone; without frozen ones that lie elsewhere
+    bad_steps/        batches of steps that ended the run, or were replayed
     evaluation/       <split>/metrics.json, by `evaluate`
     generation/       outputs.jsonl, by `generate`
+    compiled/         programs, for a run that starts again
     report.md         what happened, in words; its curves are in report/
 
 The `format_version` of config.json covers the whole folder, the schema of
@@ -18,7 +21,9 @@ metrics.jsonl included.
 import dataclasses
 import importlib
 import json
+import math
 import os
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +63,10 @@ class RunFolder:
     return self.path / 'metrics.jsonl'
 
   @property
+  def timeline(self) -> Path:
+    return self.path / 'timeline.jsonl'
+
+  @property
   def vocabulary(self) -> Path:
     return self.path / 'vocabulary'
 
@@ -73,9 +82,17 @@ class RunFolder:
   def model(self) -> Path:
     return self.path / 'model'
 
-  def has_checkpoints(self) -> bool:
-    """Whether a run that starts here goes on from a checkpoint."""
-    return any(path.name.isdecimal() for path in self.checkpoints.glob('*'))
+  @property
+  def compiled(self) -> Path:
+    return self.path / 'compiled'
+
+  @property
+  def lock(self) -> Path:
+    return self.path / 'lock.json'
+
+  @property
+  def bad_steps(self) -> Path:
+    return self.path / 'bad_steps'
 
 
 def open_run_folder(
@@ -103,7 +120,8 @@ def open_run_folder(
     if folder.config.exists():
       check_config(folder, config, may_differ)
       # Finding it unwritable now is better than at the first checkpoint.
-      probe = folder.path / f'.writable.{os.getpid()}'
+      # Named by chance: processes on two hosts may have the same id.
+      probe = folder.path / f'.writable.{uuid.uuid4().hex}'
       probe.touch()
       probe.unlink()
     else:
@@ -266,12 +284,19 @@ def append_metrics(path: Path, row: Mapping[str, Any]) -> None:
 
   Args:
     path: the file, created if missing.
-    row: JSON values, usually with the key `step`.
+    row: JSON values, usually with the key `step`. JSON has no number that is
+      none: such values become "nan", "inf" and "-inf".
 
   Raises:
     UserError: the disk is full or the file not writable.
   """
-  line = json.dumps(row) + '\n'
+  values = {
+      key: str(value)
+      if isinstance(value, float) and not math.isfinite(value)
+      else value
+      for key, value in row.items()
+  }
+  line = json.dumps(values, allow_nan=False) + '\n'
   with (
       explaining_storage_faults(
           f'cannot write {path}', 'free space or mend its permissions'

@@ -13,10 +13,10 @@ def _compile_once():
   same program is for the runs from the command line to show.
   """
   from codet5p_jax import trained_model
-  from codet5p_jax.runs import train
+  from codet5p_jax.runs import replay, train
 
   cached = functools.cache(train.make_train_step)
   with pytest.MonkeyPatch.context() as patch:
-    for module in (train, trained_model):
+    for module in (train, trained_model, replay):
       patch.setattr(module, 'make_train_step', cached)
     yield

@@ -1,14 +1,17 @@
 import dataclasses
+import itertools
 import json
+import os
 import re
 import shutil
+import signal
 
 import jax
 import numpy as np
 import pytest
 
 from codet5p_jax.data.vocabularies import load_vocabulary
-from codet5p_jax.errors import UserError
+from codet5p_jax.errors import Preempted, UserError
 from codet5p_jax.models.computation import Computation
 from codet5p_jax.models.t5 import T5Config
 from codet5p_jax.objectives.causal_lm import CausalLM
@@ -16,9 +19,13 @@ from codet5p_jax.objectives.seq2seq_causal_lm import Seq2SeqCausalLM
 from codet5p_jax.objectives.span_denoising import SpanDenoising
 from codet5p_jax.runs.evaluate import evaluate
 from codet5p_jax.runs.generate import generate
+from codet5p_jax.runs import train as train_run
 from codet5p_jax.runs.train import train
 from codet5p_jax.training.logging import RunLog
 from codet5p_jax.training.optimizers import AdamW
+from codet5p_jax.training.run_lock import RunLock
+from codet5p_jax.training.step_health import BadSteps
+from codet5p_jax.training.timeline import BUCKETS, goodput, read_timeline
 from codet5p_jax.training.train_step import StepConfig
 from codet5p_jax.trained_model import load_trained_model
 
@@ -107,6 +114,9 @@ def test_a_run_stopped_twice_and_resumed_is_bit_identical(
   monkeypatch.setattr(RunLog, 'train', log_train)
   run(config, run_dir, small_corpus)
 
+  sessions = read_timeline(run_dir / 'timeline.jsonl')
+  stopped = 'KeyboardInterrupt'
+  assert [s.status for s in sessions] == [stopped, stopped, 'done']
   assert rows(run_dir) == rows(undisturbed)
   expected = load_trained_model(str(undisturbed))
   resumed = load_trained_model(str(run_dir))
@@ -117,6 +127,70 @@ def test_a_run_stopped_twice_and_resumed_is_bit_identical(
   assert checkpoint_arrays(run_dir / last) == checkpoint_arrays(
       undisturbed / last
   )
+
+
+@pytest.mark.parametrize('amid', ['steps', 'an evaluation'])
+def test_a_run_told_to_end_saves_what_it_has_and_goes_on(
+    config, small_corpus, undisturbed, tmp_path, monkeypatch, amid
+):
+  run_dir = tmp_path / 'told'
+  if amid == 'steps':
+    target, name, stop = RunLog, 'advance', np.random.default_rng().choice(5)
+  else:
+    target, name, stop = train_run, 'evaluate_objectives', 0
+  calls = itertools.count()
+  original = getattr(target, name)
+
+  def be_told(*arguments, **more):
+    if next(calls) == stop:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return original(*arguments, **more)
+
+  monkeypatch.setattr(target, name, be_told)
+  with pytest.raises(Preempted, match='is saved') as raised:
+    run(config, run_dir, small_corpus, checkpoint_every=STEPS)
+  monkeypatch.undo()
+  step = int(re.search(r'step (\d+) of 7', str(raised.value))[1])
+  assert os.listdir(run_dir / 'checkpoints') == [str(step)]
+  assert [row['step'] for row in rows(run_dir) if row['kind'] == 'train'] == (
+      list(range(1, step + 1))
+  )
+  assert not (run_dir / 'lock.json').exists()
+  assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+  run(config, run_dir, small_corpus)
+  assert rows(run_dir) == rows(undisturbed)
+  last = f'checkpoints/{STEPS}'
+  assert checkpoint_arrays(run_dir / last) == checkpoint_arrays(
+      undisturbed / last
+  )
+
+
+def test_a_folder_in_use_is_left_alone(config, small_corpus, tmp_path):
+  run_dir = tmp_path / 'used'
+  run_dir.mkdir()
+  with RunLock(run_dir / 'lock.json'):
+    before = (run_dir / 'lock.json').read_text()
+    with pytest.raises(UserError, match=f'no other run in {run_dir}, found p'):
+      run(config, run_dir, small_corpus)
+    assert os.listdir(run_dir) == ['lock.json']
+    assert (run_dir / 'lock.json').read_text() == before
+
+
+def test_other_data_in_the_same_place_is_told_from_it(
+    config, small_corpus, undisturbed, source_files, make_small_corpus, tmp_path
+):
+  corpus, run_dir = tmp_path / 'corpus', tmp_path / 'run'
+  make_small_corpus(source_files[:-3], corpus)
+  shutil.rmtree(corpus / 'vocabulary')
+  shutil.copytree(undisturbed, run_dir)
+  written = json.loads((run_dir / 'config.json').read_text())
+  written['data_dir'] = str(corpus)
+  (run_dir / 'config.json').write_text(json.dumps(written))
+  with pytest.raises(UserError, match='data'):
+    run(
+        config, run_dir, corpus, vocabulary_dir=str(small_corpus / 'vocabulary')
+    )
 
 
 def checkpoint_arrays(folder):
@@ -135,6 +209,27 @@ def test_only_steps_that_needed_no_compiling_have_a_speed(undisturbed):
       assert 'mfu' not in row and row['train_seconds'] == 0
     seen.add(objective)
   assert len(seen) == 3
+
+
+def test_every_second_of_a_run_is_in_a_bucket(undisturbed):
+  # Another test may have called the finished run again.
+  [session] = read_timeline(undisturbed / 'timeline.jsonl')
+  assert (session.first_step, session.status) == (0, 'done')
+  assert session.rows[-1]['step'] == STEPS
+  assert len(session.events('evaluation')) == 3
+  spent = goodput([session])
+  assert sum(spent.values()) == pytest.approx(session.seconds)
+  assert all(spent[bucket] > 0 for bucket in BUCKETS)
+  lines = (undisturbed / 'metrics.jsonl').read_text().splitlines()
+  told = {
+      key: sum(json.loads(line).get(key, 0) for line in lines)
+      for key in ('train_seconds', 'input_wait_seconds')
+  }
+  # Of the timeline's row beside the last one of the metrics; these round.
+  spent = [row for row in session.rows if row['kind'] == 'progress'][-1]
+  spent = spent['buckets']
+  assert told['input_wait_seconds'] == pytest.approx(spent['input'], abs=0.01)
+  assert 0 < told['train_seconds'] <= spent['step'] + spent['input'] + 0.01
 
 
 def test_a_finished_run_is_left_as_it_is(config, small_corpus, undisturbed):
@@ -185,7 +280,7 @@ def test_weights_of_an_unfinished_run_come_from_its_newest_checkpoint(
   )
 
 
-def test_a_loss_that_is_no_number_stops_the_run(
+def test_losses_that_are_no_numbers_stop_the_run(
     config, small_corpus, tmp_path
 ):
   config = dataclasses.replace(
@@ -193,10 +288,22 @@ def test_a_loss_that_is_no_number_stops_the_run(
       optimizer=AdamW(1e30, 1, STEPS, 0.0),
       trainable=('.*',),
       objectives=(CausalLM(target_length=16),),
+      bad_steps=BadSteps(max_in_a_row=2),
   )
-  with pytest.raises(UserError, match=r'at step \d, found that \w+ of .* is '):
+  with pytest.raises(UserError, match=r'found 2 up to step 3, where .* is '):
     run(config, tmp_path / 'run', small_corpus)
   assert not (tmp_path / 'run' / 'model').exists()
+
+
+def test_a_run_of_a_version_without_bad_steps_goes_on(
+    config, small_corpus, undisturbed, tmp_path
+):
+  run_dir = shutil.copytree(undisturbed, tmp_path / 'run')
+  description = json.loads((run_dir / 'config.json').read_text())
+  rule = description.pop('bad_steps')
+  assert rule['fields'] == dataclasses.asdict(BadSteps())
+  (run_dir / 'config.json').write_text(json.dumps(description))
+  run(config, run_dir, small_corpus)  # It is complete.
 
 
 def test_another_model_in_the_same_folder_is_refused(

@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 import types
 
 import grain
@@ -22,6 +21,7 @@ from codet5p_jax.training.batches import (
     evaluation_batches,
     evaluation_examples,
     training_examples,
+    training_row_numbers,
 )
 from codet5p_jax.training.optimizers import SGD
 from codet5p_jax.training.train_step import make_train_step, microbatch_counts
@@ -118,6 +118,12 @@ def test_every_pass_sees_each_example_once_in_an_order_of_its_own():
     assert one != other
 
 
+def test_it_is_known_of_which_row_an_example_is_made():
+  row_of = training_row_numbers(ROWS, CONFIG.seed)
+  # An example of row 0 says 1; the second pass begins after 40.
+  assert [row_of[n] + 1 for n in range(80)] == stream(make_batches(), 5)
+
+
 def test_another_seed_gives_another_order():
   other = dataclasses.replace(CONFIG, seed=CONFIG.seed + 1)
   assert stream(make_batches(other), 2) != stream(make_batches(), 2)
@@ -174,24 +180,6 @@ def test_reading_ahead_gives_the_batches_of_the_steps(first, last):
   batches = make_batches()
   found = [numbers(batch) for batch in batches.read(first, last)]
   assert found == [numbers(batches.at(step)) for step in range(first, last)]
-
-
-def slow_once(index, seconds):
-  """Delays the first example that is asked for."""
-  if seconds:
-    time.sleep(seconds.pop())
-  return {'number': np.array([index + 1], np.int32)}
-
-
-def test_the_time_that_the_caller_waited_is_counted():
-  seconds = [0.3]
-  source = grain.MapDataset.source(range(ROWS)).map(
-      lambda index: slow_once(index, seconds)
-  )
-  batches = make_batches(source=source)
-  assert batches.seconds_waiting == 0
-  assert len(list(batches.read(0, 3))) == 3
-  assert 0.2 < batches.seconds_waiting < 30
 
 
 def test_what_fails_while_reading_ahead_reaches_the_caller():

@@ -124,3 +124,29 @@ def test_an_evaluation_of_no_batches_is_one_clear_line(
         datasets(), num_batches,
     )  # fmt: skip
   assert '\n' not in str(error.value)
+
+
+def test_whoever_ends_an_evaluation_has_the_devices_for_itself(
+    train_step, params, monkeypatch
+):
+  """A save that comes next exchanges something, and may lock up."""
+  awaited, ready = [], jax.block_until_ready
+
+  def wait(tree):
+    awaited.append(jax.tree.leaves(tree))
+    return ready(tree)
+
+  def be_told():
+    monkeypatch.setattr(jax, 'block_until_ready', wait)
+    raise InterruptedError
+
+  with pytest.raises(InterruptedError):
+    evaluate_objectives(
+        train_step, *params, {o.name: {} for o in CONFIG.objectives},
+        datasets(), None, be_told,
+    )  # fmt: skip
+  [arrays] = awaited
+  assert all(isinstance(array, jax.Array) for array in arrays)
+  # Sums, and how often each token is a target.
+  assert (train_step.config.model.vocab_size,) in {x.shape for x in arrays}
+  assert len(arrays) > 2

@@ -124,9 +124,10 @@ def test_a_run_folder_is_created_and_entered_again(tmp_path):
   assert open_run_folder(tmp_path / 'runs/a', config) == folder
   assert rebuild(read_config(folder.path)) == config
   assert os.listdir(folder.path) == ['config.json']
-  for part in ('vocabulary', 'events', 'checkpoints', 'model'):
+  for part in ('vocabulary', 'events', 'checkpoints', 'model', 'compiled'):
     assert getattr(folder, part) == folder.path / part
   assert folder.metrics == folder.path / 'metrics.jsonl'
+  assert folder.timeline == folder.path / 'timeline.jsonl'
 
 
 def test_every_differing_field_is_named_with_both_values(tmp_path):
@@ -195,6 +196,15 @@ def test_metrics_are_on_disk_after_each_row(tmp_path):
   (tmp_path / 'file').touch()
   with pytest.raises(UserError, match='cannot write .*: Not a directory'):
     append_metrics(tmp_path / 'file/metrics.jsonl', {})
+
+
+def test_numbers_that_json_does_not_have_are_written_as_text(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  values = {'a': float('nan'), 'b': float('inf'), 'c': -float('inf'), 'd': 1.5}
+  append_metrics(path, {'step': 7, **values})
+  assert path.read_text() == (
+      '{"step": 7, "a": "nan", "b": "inf", "c": "-inf", "d": 1.5}\n'
+  )
 
 
 def test_rows_after_the_restored_step_are_dropped(tmp_path):

@@ -1,0 +1,223 @@
+"""The same training by one, two and four processes on four devices."""
+
+import contextlib
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from codet5p_jax import main
+from codet5p_jax.trained_model import load_trained_model
+from codet5p_jax.training.checkpoints.steps import committed_steps
+from codet5p_jax.training.checkpoints.verify import verify
+from codet5p_jax.training.run_folder import read_metrics
+from tests.faults_test import TRAIN
+
+ROOT = pathlib.Path(__file__).parents[2]
+DEVICES = 4
+BATCH_SIZE = 8
+TARGET_LENGTH = 11
+
+# The command `codet5p`; once it has begun, what is planted in this process.
+PROGRAM = """
+import sys
+from codet5p_jax import main
+
+planted, begin = sys.argv.pop(1), main._speak_for_ourselves
+
+def begin_and_plant():
+  begin()
+  exec(planted, {})
+
+main._speak_for_ourselves = begin_and_plant
+sys.exit(main.main())
+"""
+
+
+def train_command(run_dir, corpus):
+  return [
+      *TRAIN, f'DATA_DIR={corpus}', f'RUN_DIR={run_dir}',
+      f'BATCH_SIZE={BATCH_SIZE}', f'TARGET_LENGTH={TARGET_LENGTH}',
+      'EVALUATE_EVERY=2', 'CHECKPOINT_EVERY=2',
+      '--gin.train.evaluation_batch_count=None',
+  ]  # fmt: skip
+
+
+def run_processes(command, num_processes, planted=None):
+  """Runs the command `codet5p` in so many processes.
+
+  Args:
+    command: with its arguments.
+    num_processes: that share the devices.
+    planted: {process id: what it executes}.
+
+  Returns:
+    The status of each, and what each of them printed.
+  """
+  with socket.create_server(('', 0)) as server:
+    address = f'localhost:{server.getsockname()[1]}'
+  flags = re.sub(
+      'device_count=[0-9]+',
+      f'device_count={DEVICES // num_processes}',
+      os.environ['XLA_FLAGS'],
+  )
+  with contextlib.ExitStack() as stack:
+    processes = [
+        stack.enter_context(
+            subprocess.Popen(
+                [sys.executable, '-c', PROGRAM,
+                 (planted or {}).get(process_id, ''), *command,
+                 f'--coordinator_address={address}',
+                 f'--num_processes={num_processes}',
+                 f'--process_id={process_id}'],
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                env={**os.environ, 'XLA_FLAGS': flags, 'PYTHONPATH': str(ROOT)},
+            )
+        )
+        for process_id in range(num_processes)
+    ]  # fmt: skip
+    for process in processes:
+      stack.callback(process.kill)
+    printed = [process.communicate(timeout=400)[1] for process in processes]
+  return [process.returncode for process in processes], printed
+
+
+@pytest.fixture(scope='module')
+def runs(small_corpus, tmp_path_factory):
+  """{number of processes: the folder of their run}."""
+  folders = {}
+  for num_processes in (1, 2, 4):
+    folder = tmp_path_factory.mktemp('runs') / f'of_{num_processes}'
+    statuses, printed = run_processes(
+        train_command(folder, small_corpus), num_processes
+    )
+    # Threads that wait for others end with the program, without a signal.
+    assert statuses == [0] * num_processes, printed
+    folders[num_processes] = folder
+  return folders
+
+
+def rows(folder, kind):
+  """{step: {metric: number}} of the metrics that tell no time."""
+  told = [
+      (row['step'], {k: v for k, v in row.items() if '/' in k or k in REPEATED})
+      for row in read_metrics(folder / 'metrics.jsonl')
+      if row['kind'] == kind
+  ]
+  assert len(dict(told)) == len(told), 'a row is there twice'
+  return dict(told)
+
+
+REPEATED = ('grad_norm', 'learning_rate')
+
+
+@pytest.mark.parametrize('num_processes', [2, 4])
+@pytest.mark.parametrize(
+    ('kind', 'steps', 'tolerance'),
+    [('train', [1, 2, 3], 1e-5), ('evaluation', [2, 3], 1e-6)],
+)
+def test_metrics_do_not_depend_on_the_number_of_processes(
+    runs, num_processes, kind, steps, tolerance
+):
+  expected, found = rows(runs[1], kind), rows(runs[num_processes], kind)
+  assert list(expected) == list(found) == steps
+  for step in steps:
+    assert expected[step].keys() == found[step].keys()
+    for name, value in expected[step].items():
+      assert found[step][name] == pytest.approx(value, rel=tolerance), name
+
+
+def test_no_number_of_processes_divides_what_is_evaluated(runs):
+  tokens = rows(runs[1], 'evaluation')[2]['causal_lm/tokens']
+  num_rows, rest = divmod(tokens, TARGET_LENGTH - 1)  # <s> is no target.
+  assert rest == 0
+  assert num_rows % 2 == 1 and num_rows > BATCH_SIZE
+
+
+@pytest.mark.parametrize('num_processes', [1, 2, 4])
+def test_one_process_writes(runs, num_processes):
+  folder = runs[num_processes]
+  assert len(list((folder / 'events').iterdir())) == 1
+  assert not list(folder.glob('.*'))
+  left = {path.name for path in folder.iterdir()}
+  assert left == {path.name for path in runs[1].iterdir()}
+
+
+@pytest.mark.parametrize('num_processes', [2, 4])
+def test_what_several_processes_saved_serves_one(runs, num_processes):
+  for step in (2, 3):
+    verify(runs[num_processes] / 'checkpoints' / str(step))
+  expected, found = (
+      load_trained_model(str(runs[n])).all_params for n in (1, num_processes)
+  )
+  jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), found, expected
+  )
+
+
+# What fills the disk at the checkpoint of step 2, in one process alone. The
+# other ends a moment later, not when it has waited long enough.
+FULL_FOR = {
+    0: """
+import errno, os, sys, time
+from codet5p_jax.training.checkpoints import save
+write_checksums = save.write_checksums
+def write(folder, **options):
+  if folder.name.startswith('2'):
+    print('full at', time.time(), file=sys.stderr)
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+  write_checksums(folder, **options)
+save.write_checksums = write
+""",
+    1: """
+import resource, sys, time
+from codet5p_jax.training.checkpoints.save import Checkpoints
+save = Checkpoints.save
+def save_on_full_disk(self, step, *rest):
+  if step == 2:
+    print('full at', time.time(), file=sys.stderr)
+    limit = (500, resource.RLIM_INFINITY)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+  save(self, step, *rest)
+Checkpoints.save = save_on_full_disk
+""",
+}
+SOON = """
+from codet5p_jax.training import distributed
+distributed._LISTEN_SECONDS, distributed._ORDERLY_SECONDS = 0.1, 1.0
+"""
+
+
+def test_a_save_that_fails_in_one_process_ends_all_and_the_run_goes_on(
+    small_corpus, tmp_path
+):
+  run_dir = tmp_path / 'run'
+  command = [
+      *train_command(run_dir, small_corpus),
+      'TRAIN_STEPS=4', 'CHECKPOINT_EVERY=1', 'EVALUATE_EVERY=4',
+  ]  # fmt: skip
+  for culprit, words in ((0, 'No space left on device'), (1, 'File too large')):
+    planted = {0: SOON, 1: SOON}
+    planted[culprit] += FULL_FOR[culprit]
+    statuses, printed = run_processes(command, 2, planted)
+    full_at = re.search('full at (.*)', printed[culprit])[1]
+    assert time.time() - float(full_at) < 30
+    assert statuses == [2, 2], printed
+    for told in printed:
+      assert 'Traceback' not in told
+      [line] = [x for x in told.split('\n') if x.startswith('codet5p: ')]
+      assert f'cannot write checkpoint {run_dir}/checkpoints/2: {words}' in line
+      assert 'then go on from step 1' in line
+    assert f'expected process {culprit} on ' in printed[1 - culprit]
+    assert committed_steps(run_dir / 'checkpoints') == [1]
+    verify(run_dir / 'checkpoints' / '1')
+  assert main.main(command) == 0
+  assert committed_steps(run_dir / 'checkpoints') == [2, 3, 4]
+  assert list(rows(run_dir, 'train')) == [1, 2, 3, 4]
