@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Trains on a TPU VM of one host: copies this checkout there, installs it, and
-# starts `codet5p train` in a session that outlives the connection.
+# Trains on a TPU VM or on all hosts of a slice: copies this checkout there,
+# installs it, and starts `codet5p train` so that it outlives the connection and
+# is started again if it ends before it is done (see keep_running.sh).
 #
 #   tpu_scripts/train_on_tpu_vm.sh [--print] NAME ZONE ARGUMENTS...
 #
 # NAME and ZONE are those of a TPU VM that is running; ARGUMENTS are those of
-# `codet5p train`. --print only shows the commands. Needs gcloud.
+# `codet5p train`. --print only shows the commands. Needs gcloud. On several
+# hosts, folders must be on a file system that all of them have mounted.
 #
 #   tpu_scripts/train_on_tpu_vm.sh my-v5e us-west4-a \
 #     --gin_file=models/t5_220m.gin --gin_file=runs/finetune.gin \
@@ -43,8 +45,9 @@ archive=$(mktemp --suffix=.tar.gz)
 trap 'rm -f "$archive"' EXIT
 run git -C "$root" archive --output="$archive" HEAD
 run gcloud compute tpus tpu-vm scp "$archive" "$name:codet5p_jax.tar.gz" \
-  --zone="$zone"
-run gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --command="
+  --zone="$zone" --worker=all
+run gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" \
+  --worker=all --command="
 set -e
 mkdir -p codet5p_jax
 tar xzf codet5p_jax.tar.gz -C codet5p_jax
@@ -52,6 +55,7 @@ cd codet5p_jax
 test -x .venv/bin/python || python3 -m venv .venv
 grep -v ^libtpu constraints.txt >constraints.tpu.txt  # JAX brings its own.
 .venv/bin/pip install --quiet --constraint constraints.tpu.txt '.[tpu]'
-nohup .venv/bin/codet5p train $arguments >>train.log 2>&1 </dev/null &
+nohup tpu_scripts/keep_running.sh .venv/bin/codet5p train $arguments \\
+  >>train.log 2>&1 </dev/null &
 echo 'Started; follow it with: tail -f codet5p_jax/train.log'
 "
