@@ -21,7 +21,7 @@ TRAIN_STEPS ?= 2000
 # Without compiled modules, importing TensorFlow takes three times as long.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: pretrain test lint install precompile-all benchmark clean
+.PHONY: pretrain test chaos lint install precompile-all benchmark clean
 
 pretrain: .venv/installed-$(VERSION)
 	$(CODET5P) prepare_corpus --corpus_dir=$(CORPUS_DIR) \
@@ -55,6 +55,13 @@ test: .venv/tests-installed-$(VERSION)
 	  --cov-fail-under=90 --numprocesses=auto --maxprocesses=4 \
 	  --dist=loadfile --no-loadscope-reorder
 	.venv/bin/lint-imports
+
+# Runs that are killed, told to end, and moved to other devices, against runs
+# that are left alone; half an hour.
+chaos: .venv/tests-installed-$(VERSION)
+	.venv/bin/python -m tests.chaos --kills=100
+	.venv/bin/python -m tests.chaos --kills=20 --signal=TERM --only='2 processes'
+	.venv/bin/python -m tests.elasticity
 
 lint: .venv/tests-installed-$(VERSION)
 	.venv/bin/flake8
