@@ -7,6 +7,7 @@ from another by waiting whether it is touched.
 """
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -66,8 +67,8 @@ class RunLock:
         'free space, mend its permissions or choose another folder',
     ):
       self._path.parent.mkdir(parents=True, exist_ok=True)
-      while not self._create():
-        self._remove_stale()
+      while not self._create() and not self._take_over():
+        pass
     self._thread.start()
     return self
 
@@ -121,23 +122,33 @@ class RunLock:
       return False
     return True
 
-  def _remove_stale(self) -> None:
-    """Removes the lock of a holder that is dead.
+  def _take_over(self) -> bool:
+    """Puts our lock in the place of one whose holder is dead.
+
+    Returns:
+      Whether it is ours now; otherwise there is another, or none any more.
 
     Raises:
-      UserError: it lives.
+      Unavailable: the holder lives.
     """
     holder = _read(self._path)
-    if holder is not None:
-      self._require_dead(holder)
-      # Another process may have found the same, and hold the lock by now: what
-      # is moved away is looked at before it goes.
-      aside = self._path.with_name(f'.{self._path.name}.stale.{self._name}')
-      with contextlib.suppress(FileNotFoundError):
-        os.rename(self._path, aside)
-        if _read(aside) != holder:
-          os.rename(aside, self._path)
-        aside.unlink(missing_ok=True)
+    if holder is None:
+      return False
+    self._require_dead(holder)
+    folder = os.open(self._path.parent, os.O_RDONLY)
+    try:
+      # Others may have found the same. Some network disks know nothing of
+      # this; there the last one wins, and the others find it out, see
+      # `require_held`.
+      with contextlib.suppress(OSError):
+        fcntl.flock(folder, fcntl.LOCK_EX)
+      if _read(self._path) != holder:
+        return False
+      # There is a lock at every moment, so nobody can make one in between.
+      write_json(self._path, {**_this_process(), 'name': self._name})
+    finally:
+      os.close(folder)
+    return True
 
   def _require_dead(self, holder: dict[str, Any]) -> None:
     place = (

@@ -365,7 +365,7 @@ def test_a_full_disk_is_one_line_and_leaves_earlier_steps_whole(
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
   assert str(raised.value) == (
       f'cannot write checkpoint {tmp_path}/2: File too large; free space or '
-      f'choose another folder, then go on from step 1'
+      f'mend its permissions, then go on from step 1'
   )
   assert checkpoints.steps() == [1]
   verify(tmp_path / '1')
