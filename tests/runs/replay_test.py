@@ -446,8 +446,8 @@ def test_weights_that_were_loaded_and_frozen_are_found_again(
   frozen = dataclasses.replace(
       config,
       objectives=(*config.objectives, others),
-      batch_size=32,
-      num_microbatches=4,
+      batch_size=16,
+      num_microbatches=2,
       trainable=('encoder/.*', '.*/wo/.*'),
       frozen_dtype='int8',
   )
