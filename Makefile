@@ -14,10 +14,6 @@ PIP := .venv/bin/pip --disable-pip-version-check install --quiet --no-compile \
   --constraint constraints.txt
 CODET5P := .venv/bin/codet5p
 
-# One more than there are cores, as some tests wait; each may take 4 GB.
-TEST_WORKERS ?= $(shell $(PYTHON) -c \
-  'import os; print(min(os.cpu_count() + 1, 4))')
-
 RUN_DIR ?= runs/pretrain
 CORPUS_DIR ?= runs/corpus
 TRAIN_STEPS ?= 2000
@@ -56,7 +52,7 @@ pretrain: .venv/installed-$(VERSION)
 test: .venv/tests-installed-$(VERSION)
 	# Compiling takes most of the time, and uses one core.
 	JAX_PLATFORMS=cpu .venv/bin/python -m pytest --cov --cov-report=term \
-	  --cov-fail-under=90 --numprocesses=$(TEST_WORKERS) \
+	  --cov-fail-under=90 --numprocesses=auto --maxprocesses=4 \
 	  --dist=loadfile --no-loadscope-reorder
 	.venv/bin/lint-imports
 

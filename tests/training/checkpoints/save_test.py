@@ -530,4 +530,4 @@ def test_a_save_killed_at_any_moment_leaves_the_step_before_or_its_own(
       assert restored.params['layers']['scale'].tolist() == [[step] * 5] * 3
       checkpoints.save(step + 1, state(step + 1), {}, {})
     assert checkpoints.latest_step() == step + 1
-  assert not [r for r in caplog.records if r.name.startswith('codet5p_jax')]
+  assert not [x for x in caplog.records if x.levelno >= logging.WARNING]
