@@ -100,7 +100,7 @@ class RunLock:
   def _create(self) -> bool:
     """Makes the lock, whole from the first moment; False if there is one."""
     beside = self._path.with_name(f'.{self._path.name}.{self._name}')
-    write_json(beside, {**_this_process(), 'name': self._name})
+    write_json(beside, self._content())
     try:
       # Fails where the name is taken, as renaming would not.
       os.link(beside, self._path)
@@ -113,11 +113,13 @@ class RunLock:
       beside.unlink(missing_ok=True)
     return True
 
+  def _content(self) -> dict[str, Any]:
+    return {**_this_process(), 'name': self._name}
+
   def _create_without_links(self) -> bool:
     try:
       with open(self._path, 'x') as file:
-        content = {**_this_process(), 'name': self._name}
-        json.dump({'format_version': FORMAT_VERSION, **content}, file)
+        json.dump({'format_version': FORMAT_VERSION, **self._content()}, file)
     except FileExistsError:
       return False
     return True
@@ -145,7 +147,7 @@ class RunLock:
       if _read(self._path) != holder:
         return False
       # There is a lock at every moment, so nobody can make one in between.
-      write_json(self._path, {**_this_process(), 'name': self._name})
+      write_json(self._path, self._content())
     finally:
       os.close(folder)
     return True

@@ -22,7 +22,6 @@ from codet5p_jax.corpus.executors import Processes
 from codet5p_jax.data.vocabularies import load_vocabulary
 from codet5p_jax.errors import UserError
 from codet5p_jax.models.computation import Computation
-from codet5p_jax.models.t5 import T5Config
 from codet5p_jax.objectives.causal_lm import CausalLM
 from codet5p_jax.objectives.seq2seq_causal_lm import Seq2SeqCausalLM
 from codet5p_jax.runs import replay as module
@@ -47,18 +46,9 @@ HOST = re.escape(platform.node())
 
 
 @pytest.fixture(scope='module')
-def config(small_corpus):
-  vocabulary = load_vocabulary(small_corpus / 'vocabulary')
+def config(make_model):
   return StepConfig(
-      model=T5Config(
-          vocab_size=vocabulary.vocab_size,
-          emb_dim=16,
-          num_heads=2,
-          head_dim=5,
-          mlp_dim=18,
-          num_encoder_layers=1,
-          num_decoder_layers=1,
-      ),
+      model=make_model(num_decoder_layers=1),
       objectives=(CausalLM(target_length=16, loss_tile_length=8),),
       optimizer=AdamW(1e-2, 2, STEPS, 0.1),
       batch_size=8,

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 
-from codet5p_jax.data.vocabularies import load_vocabulary
 from codet5p_jax.errors import Preempted, UserError
 from codet5p_jax.models.computation import Computation
 from codet5p_jax.models.t5 import T5Config
@@ -35,18 +34,9 @@ REPEATED = ('step', 'kind', 'grad_norm', 'learning_rate')
 
 
 @pytest.fixture(scope='module')
-def config(small_corpus):
-  vocabulary = load_vocabulary(small_corpus / 'vocabulary')
+def config(make_model):
   return StepConfig(
-      model=T5Config(
-          vocab_size=vocabulary.vocab_size,
-          emb_dim=16,
-          num_heads=2,
-          head_dim=5,
-          mlp_dim=18,
-          num_encoder_layers=1,
-          num_decoder_layers=3,
-      ),
+      model=make_model(num_decoder_layers=3),
       # Stage 1: one objective a step, two of them from step 2 on.
       objectives=(
           SpanDenoising(source_length=32, target_length=13, batch_scale=2),

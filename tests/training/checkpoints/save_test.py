@@ -117,25 +117,40 @@ def test_each_save_is_told_in_one_line(states, tmp_path, caplog):
   )
 
 
-def test_a_save_that_lacks_an_array_is_never_committed(
-    states, tmp_path, monkeypatch
-):
+@pytest.fixture
+def save_otherwise(states, tmp_path, monkeypatch):
+  """Gives Orbax other parameters than those that step 2 has.
+
+  The function takes the checkpoints and what changes the parameters, and
+  returns the words of the error.
+  """
   _save(tmp_path, states, 1, max_to_keep=1)
   save_arrays = save_module.ocp.args.StandardSave
 
+  def save(checkpoints, change):
+    def save_changed(tree):
+      return save_arrays(change(tree) if 'encoder' in tree else tree)
+
+    with monkeypatch.context() as patch:
+      patch.setattr(save_module.ocp.args, 'StandardSave', save_changed)
+      checkpoints.save(2, states.make(step=2, frozen=False), {}, {})
+      with pytest.raises(DamagedCheckpoint) as raised:
+        checkpoints.wait_until_finished()
+    return str(raised.value)
+
+  return save
+
+
+def test_a_save_that_lacks_an_array_is_never_committed(
+    states, tmp_path, save_otherwise
+):
   def forget(tree):
-    if 'encoder' in tree:  # The parameters.
-      tree = {**tree, 'encoder': {**tree['encoder']}}
-      del tree['encoder']['layers_1']
-    return save_arrays(tree)
+    tree = {**tree, 'encoder': {**tree['encoder']}}
+    del tree['encoder']['layers_1']
+    return tree
 
   checkpoints = Checkpoints(tmp_path, max_to_keep=1)
-  with monkeypatch.context() as patch:
-    patch.setattr(save_module.ocp.args, 'StandardSave', forget)
-    checkpoints.save(2, states.make(step=2, frozen=False), {}, {})
-    with pytest.raises(DamagedCheckpoint) as raised:
-      checkpoints.wait_until_finished()
-  assert str(raised.value) == (
+  assert save_otherwise(checkpoints, forget) == (
       f'checkpoint {tmp_path}/2 is damaged: for '
       f'trainable/encoder/layers_1/attention/kernel Orbax wrote nothing '
       f"instead of {{'shape': [8, 4, 5], 'dtype': 'float32'}}; it was not "
@@ -155,28 +170,20 @@ def test_a_save_that_lacks_an_array_is_never_committed(
     ],
 )
 def test_a_save_of_other_numbers_is_never_committed(
-    states, tmp_path, monkeypatch, change, fault
+    tmp_path, save_otherwise, change, fault
 ):
   """As if they had changed on their way from the device to the disk."""
-  _save(tmp_path, states, 1, max_to_keep=1)
-  save_arrays = save_module.ocp.args.StandardSave
 
   def confuse(tree):
-    if 'encoder' in tree:  # The parameters.
-      norm = tree['encoder']['layers_1']['norm']
-      norm['scale'] = jax.device_put(
-          change(norm['scale']), norm['scale'].sharding
-      )
-    return save_arrays(tree)
+    norm = tree['encoder']['layers_1']['norm']
+    norm['scale'] = jax.device_put(
+        change(norm['scale']), norm['scale'].sharding
+    )
+    return tree
 
   checkpoints = Checkpoints(tmp_path, max_to_keep=1)
-  with monkeypatch.context() as patch:
-    patch.setattr(save_module.ocp.args, 'StandardSave', confuse)
-    checkpoints.save(2, states.make(step=2, frozen=False), {}, {})
-    with pytest.raises(DamagedCheckpoint) as raised:
-      checkpoints.wait_until_finished()
   # Orbax lists what it was given, and finds nothing wrong.
-  assert str(raised.value) == (
+  assert save_otherwise(checkpoints, confuse) == (
       f'checkpoint {tmp_path}/2 is damaged: '
       f'trainable/encoder/layers_1/norm/scale {fault}; it was not committed, '
       f'go on from step 1'
