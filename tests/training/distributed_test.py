@@ -38,7 +38,10 @@ HOST = socket.gethostname()
 # A process that joins, then does one thing after the other with the others and
 # prints what came of each.
 PROGRAM = """
-import sys, time
+import os, sys, time
+# Gloo tells of its peers in pieces, amid our lines.
+sys.stdout = os.fdopen(os.dup(1), 'w')
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from codet5p_jax.errors import UserError
