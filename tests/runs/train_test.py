@@ -334,16 +334,18 @@ def test_a_vocabulary_that_does_not_suit_the_model_is_refused(
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.parametrize('mesh_shape', [(1, 4, 2), (1, 1, 1)])
 def test_a_run_goes_on_on_another_mesh(
-    config, small_corpus, undisturbed, tmp_path, monkeypatch
+    config, small_corpus, undisturbed, tmp_path, mesh_shape, monkeypatch
 ):
   run_dir = tmp_path / 'run'
   shutil.copytree(undisturbed, run_dir)
   for step in (6, 7):
     shutil.rmtree(run_dir / 'checkpoints' / str(step))
   shutil.rmtree(run_dir / 'model')
-  other = dataclasses.replace(config, mesh_shape=(1, 1, 1))
-  monkeypatch.setattr(jax, 'devices', lambda: jax.local_devices()[:1])
+  other = dataclasses.replace(config, mesh_shape=mesh_shape)
+  if mesh_shape == (1, 1, 1):
+    monkeypatch.setattr(jax, 'devices', lambda: jax.local_devices()[:1])
   run(other, run_dir, small_corpus)
   for ours, theirs in zip(rows(run_dir), rows(undisturbed), strict=True):
     losses = {k: v for k, v in theirs.items() if k.endswith('/loss')}
