@@ -34,6 +34,8 @@ Values = Float[Array, 'batch kv_length heads kv']
 # Their last axes are those of the queries and keys that meet, which differ
 # between self-attention and cross-attention: the attention itself checks them.
 AttentionMask = Bool[Array, '#batch #heads _ _']
+# Its rows are those of the keys, which may serve several rows of queries.
+CrossMask = Bool[Array, '_ #heads _ _']
 AttentionBias = Float[Array, '#batch #heads _ _']
 
 Scalar = Float[Array, '']

@@ -10,8 +10,9 @@ and of activations differ (`embed`, `act_embed`), so sharding parameters over
 
 import contextlib
 import contextvars
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -57,6 +58,13 @@ DEFAULT_RULES: Rules = (
     ('act_kv', None),
     ('act_mlp', 'model'),
     ('act_vocab', 'model'),
+)
+
+# To generate with: parameters are used with every token, for few rows. Cut over
+# `data`, they would have to be gathered each time.
+DECODING_RULES: Rules = tuple(
+    (name, None) if name == 'embed' else (name, axes)
+    for name, axes in DEFAULT_RULES
 )
 
 
@@ -184,3 +192,21 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   mesh, rules = active
   sharding = NamedSharding(mesh, partition_spec(names, rules))
   return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def sharding_activations(
+    mesh: Mesh | None, rules: Rules, function: Callable
+) -> Callable:
+  """The function, to be traced within `activation_sharding` of a mesh if any.
+
+  For programs that are kept: what `jax.jit` keeps does not depend on contexts.
+  """
+  if mesh is None:
+    return function
+
+  @functools.wraps(function)
+  def sharded(*args, **kwargs):
+    with activation_sharding(mesh, rules):
+      return function(*args, **kwargs)
+
+  return sharded

@@ -29,6 +29,7 @@ from codet5p_jax.array_typing import (
 from codet5p_jax.errors import UserError, require_positive
 from codet5p_jax.layers import masks
 from codet5p_jax.layers.attention import Attention
+from codet5p_jax.layers.cache import CacheView
 from codet5p_jax.layers.dense import Dense
 from codet5p_jax.layers.embedding import Embed, OutputHead, UntiedOutputHead
 from codet5p_jax.layers.normalization import LayerNorm
@@ -59,6 +60,7 @@ class CodeGenConfig:
     vocabulary_kinds: kinds of `Vocabulary` that it can be used with.
     prompt_to_decoder: whether the decoder gets the prompt, before what it is to
       write.
+    max_length: tokens that it was made for.
 
   Raises:
     UserError: a size is not positive, or `rotary_dim` is odd or too large.
@@ -78,6 +80,7 @@ class CodeGenConfig:
 
   vocabulary_kinds: ClassVar[tuple[str, ...]] = ('codegen', 'sentencepiece')
   prompt_to_decoder: ClassVar[bool] = True
+  max_length: ClassVar[int] = 2048
 
   def __post_init__(self):
     sizes = (
@@ -193,11 +196,12 @@ class Layer(nn.Module):
       positions: Int[Array, '#batch length'],
       mask: AttentionMask | None,
       deterministic: bool,
+      cache_slot: Int[Array, ''] | None = None,
   ) -> tuple[Activations, None]:
     sub_layer = SubLayers(self.config, self.computation, deterministic)
     y = sub_layer.norm('layer_norm')(x)
     attended = sub_layer.attention('self_attention')(
-        y, y, None, mask, deterministic, positions, positions
+        y, y, None, mask, deterministic, positions, positions, cache_slot
     )
     x = x + sub_layer.dropout(attended) + sub_layer.dropout(sub_layer.mlp()(y))
     return constrain(x, 'batch', 'act_length', 'act_embed'), None
@@ -216,6 +220,7 @@ class Stack(nn.Module):
       positions: Int[Array, '#batch length'],
       mask: AttentionMask,
       deterministic: bool,
+      cache_slot: Int[Array, ''] | None = None,
   ) -> Activations:
     config, computation = self.config, self.computation
     sub_layer = SubLayers(config, computation, deterministic)
@@ -226,6 +231,7 @@ class Stack(nn.Module):
         config.num_layers,
         sub_layer.embed(tokens),
         (positions, mask, deterministic),
+        cache_slot,
     )
     return sub_layer.norm('final_layer_norm')(x)
 
@@ -313,6 +319,22 @@ class CodeGen(HeadedModel):
         positions_or_index(decoder_input_tokens, decoder_positions),
         masks.decoder_mask(decoder_input_tokens.shape[1], decoder_segment_ids),
         deterministic,
+    )
+
+  def decode_step(
+      self,
+      encoder_input_tokens: Int[Array, 'sources kv_length'],
+      decoder_input_tokens: Int[Array, 'batch 1'],
+      view: CacheView,
+  ) -> Float[Array, 'batch 1 embed']:
+    """Returns the states of one new token a row; see `T5.decode_step`."""
+    del encoder_input_tokens
+    return self.decoder(
+        decoder_input_tokens,
+        view.positions,
+        masks.padding_mask(view.is_seen),
+        True,
+        view.slot,
     )
 
   def __call__(

@@ -65,6 +65,7 @@ def apply_layers(
     num_layers: int,
     x: jax.Array,
     inputs: tuple[Any, ...],
+    cache_slot: jax.Array | None = None,
 ) -> jax.Array:
   """Applies the layers of a stack in turn; all take the same `inputs`.
 
@@ -79,6 +80,8 @@ def apply_layers(
     num_layers: depth of the stack.
     x: [batch, length, embed].
     inputs: the last of them is the flag `deterministic`.
+    cache_slot: one more argument of the layers, where it is given; see
+      layers/attention.py.
 
   Returns:
     [batch, length, embed].
@@ -91,6 +94,8 @@ def apply_layers(
         prevent_cse=not computation.scan_layers,
         static_argnums=(len(inputs) + 1,),
     )
+  if cache_slot is not None:
+    inputs = (*inputs, cache_slot)
   if computation.scan_layers:
     scanned = nn.scan(
         layer,

@@ -24,12 +24,14 @@ from jaxtyping import Array, Float, Int
 from codet5p_jax.array_typing import (
     Activations,
     AttentionMask,
+    CrossMask,
     Positions,
     SegmentIds,
     Tokens,
 )
 from codet5p_jax.errors import UserError
 from codet5p_jax.layers import masks
+from codet5p_jax.layers.cache import CacheView
 from codet5p_jax.layers.dense import Dense
 from codet5p_jax.layers.embedding import UntiedOutputHead
 from codet5p_jax.layers.positions import positions_or_index
@@ -61,6 +63,7 @@ class ShallowEncoderDeepDecoderConfig:
     vocabulary_kinds: kinds of `Vocabulary` that it can be used with.
     prompt_to_decoder: whether the decoder gets the prompt too, before what it
       is to write.
+    max_length: tokens that each stack was made for.
 
   Raises:
     UserError: the stacks have other vocabularies, or the decoder no trunk.
@@ -75,6 +78,7 @@ class ShallowEncoderDeepDecoderConfig:
 
   vocabulary_kinds: ClassVar[tuple[str, ...]] = ('codegen', 'sentencepiece')
   prompt_to_decoder: ClassVar[bool] = True
+  max_length: ClassVar[int] = CodeGenConfig.max_length
 
   def __post_init__(self):
     if self.encoder.vocab_size != self.decoder.vocab_size:
@@ -125,17 +129,18 @@ class LastLayer(nn.Module):
   def __call__(
       self,
       x: Float[Array, 'batch q_length embed'],
-      encoded: Float[Array, 'batch kv_length embed'],
+      encoded: Float[Array, 'batch kv_length embed'] | None,
       positions: Int[Array, '#batch q_length'],
-      encoder_positions: Int[Array, '#batch kv_length'],
+      encoder_positions: Int[Array, '#batch kv_length'] | None,
       mask: AttentionMask,
-      cross_mask: AttentionMask,
+      cross_mask: CrossMask,
       deterministic: bool,
+      cache_slot: Int[Array, ''] | None = None,
   ) -> Float[Array, 'batch q_length embed']:
     sub_layer = SubLayers(self.config, self.computation, deterministic)
     y = sub_layer.norm('layer_norm')(x)
     attended = sub_layer.attention('self_attention')(
-        y, y, None, mask, deterministic, positions, positions
+        y, y, None, mask, deterministic, positions, positions, cache_slot
     )
     crossed = sub_layer.attention('cross_attention')(
         y, encoded, None, cross_mask, deterministic, positions,
@@ -161,12 +166,13 @@ class Decoder(nn.Module):
   def __call__(
       self,
       tokens: Int[Array, 'batch q_length'],
-      encoded: Float[Array, 'batch kv_length embed'],
+      encoded: Float[Array, 'batch kv_length embed'] | None,
       positions: Int[Array, '#batch q_length'],
-      encoder_positions: Int[Array, '#batch kv_length'],
+      encoder_positions: Int[Array, '#batch kv_length'] | None,
       mask: AttentionMask,
-      cross_mask: AttentionMask,
+      cross_mask: CrossMask,
       deterministic: bool,
+      cache_slot: Int[Array, ''] | None = None,
   ) -> Float[Array, 'batch q_length embed']:
     config, computation = self.config, self.computation
     sub_layer = SubLayers(config, computation, deterministic)
@@ -178,10 +184,11 @@ class Decoder(nn.Module):
         config.num_layers - 1,
         sub_layer.embed(tokens),
         (positions, mask, deterministic),
+        cache_slot,
     )
     x = LastLayer(config, computation, name='last_layer')(
         x, encoded, positions, encoder_positions, mask, cross_mask,
-        deterministic,
+        deterministic, cache_slot,
     )  # fmt: skip
     return sub_layer.norm('final_layer_norm')(x)
 
@@ -255,6 +262,24 @@ class ShallowEncoderDeepDecoder(HeadedModel):
             encoder_input_tokens, decoder_segment_ids, encoder_segment_ids
         ),
         deterministic,
+    )
+
+  def decode_step(
+      self,
+      encoder_input_tokens: Int[Array, 'sources kv_length'],
+      decoder_input_tokens: Int[Array, 'batch 1'],
+      view: CacheView,
+  ) -> Float[Array, 'batch 1 embed']:
+    """Returns the states of one new token a row; see `T5.decode_step`."""
+    return self.decoder(
+        decoder_input_tokens,
+        None,
+        view.positions,
+        None,
+        masks.padding_mask(view.is_seen),
+        self._key_mask(encoder_input_tokens, None, None),
+        True,
+        view.slot,
     )
 
   def __call__(

@@ -24,6 +24,7 @@ from codet5p_jax.array_typing import (
     Activations,
     AttentionBias,
     AttentionMask,
+    CrossMask,
     PRNGKey,
     Positions,
     SegmentIds,
@@ -33,6 +34,7 @@ from codet5p_jax.array_typing import (
 from codet5p_jax.errors import require_positive
 from codet5p_jax.layers import masks
 from codet5p_jax.layers.attention import Attention
+from codet5p_jax.layers.cache import CacheView
 from codet5p_jax.layers.dense import MLP, fan_in_stddev
 from codet5p_jax.layers.embedding import Embed, OutputHead
 from codet5p_jax.layers.normalization import RMSNorm
@@ -68,6 +70,7 @@ class T5Config:
     vocabulary_kinds: kinds of `Vocabulary` that it can be used with.
     prompt_to_decoder: whether the decoder gets the prompt too, before what it
       is to write.
+    max_length: tokens that each stack was made for; None for any number.
   """
 
   vocab_size: int
@@ -91,6 +94,7 @@ class T5Config:
       'sentencepiece',
   )
   prompt_to_decoder: ClassVar[bool] = False
+  max_length: ClassVar[int | None] = None
 
   def __post_init__(self):
     sizes = (
@@ -145,15 +149,18 @@ class DecoderLayer(nn.Module):
   def __call__(
       self,
       x: Float[Array, 'batch q_length embed'],
-      encoded: Float[Array, 'batch kv_length embed'],
+      encoded: Float[Array, 'batch kv_length embed'] | None,
       bias: AttentionBias,
       mask: AttentionMask,
-      cross_mask: AttentionMask | None,
+      cross_mask: CrossMask | None,
       deterministic: bool,
+      cache_slot: Int[Array, ''] | None = None,
   ) -> tuple[Float[Array, 'batch q_length embed'], None]:
     sub_layer = _SubLayers(self.config, self.computation, deterministic)
     y = sub_layer.norm('pre_self_attention_layer_norm')(x)
-    y = sub_layer.attention('self_attention')(y, y, bias, mask, deterministic)
+    y = sub_layer.attention('self_attention')(
+        y, y, bias, mask, deterministic, cache_slot=cache_slot
+    )
     x = x + sub_layer.dropout(y)
 
     y = sub_layer.norm('pre_cross_attention_layer_norm')(x)
@@ -248,13 +255,19 @@ class Decoder(nn.Module):
       self,
       x: Float[Array, 'batch q_length embed'],
       positions: Int[Array, '#batch q_length'],
-      encoded: Float[Array, 'batch kv_length embed'],
+      encoded: Float[Array, 'batch kv_length embed'] | None,
       mask: AttentionMask,
-      cross_mask: AttentionMask | None,
+      cross_mask: CrossMask | None,
       deterministic: bool,
+      key_positions: Int[Array, '#batch cache_length'] | None = None,
+      cache_slot: Int[Array, ''] | None = None,
   ) -> Float[Array, 'batch q_length embed']:
     config, computation = self.config, self.computation
-    bias = _position_bias(config, bidirectional=False)(positions, positions)
+    if key_positions is None:
+      key_positions = positions
+    bias = _position_bias(config, bidirectional=False)(
+        positions, key_positions
+    )
     x = nn.Dropout(computation.dropout_rate)(x, deterministic)
     x = apply_layers(
         config,
@@ -263,6 +276,7 @@ class Decoder(nn.Module):
         config.num_decoder_layers,
         x,
         (encoded, bias, mask, cross_mask, deterministic),
+        cache_slot,
     )
     return _end_of_stack(config, computation, x, deterministic)
 
@@ -341,6 +355,9 @@ class T5(nn.Module):
 
     Padding among the decoder's inputs is not masked: it stands at the end,
     where causality hides it, and the start token may be the padding token.
+
+    Where the collection `cache` is mutable, the decoder's keys and values are
+    kept in it for `decode_step`.
     """
     positions = positions_or_index(decoder_input_tokens, decoder_positions)
     mask = masks.decoder_mask(
@@ -352,6 +369,34 @@ class T5(nn.Module):
     x = self._embed(decoder_input_tokens)
     return self.decoder(
         x, positions, encoded, mask, cross_mask, deterministic
+    )
+
+  def decode_step(
+      self,
+      encoder_input_tokens: Int[Array, 'sources kv_length'],
+      decoder_input_tokens: Int[Array, 'batch 1'],
+      view: CacheView,
+  ) -> Float[Array, 'batch 1 embed']:
+    """Returns the states of one new token a row [batch, 1, embed].
+
+    It goes into the cache that `decode` made of the prompt, which is given and
+    mutable as the collection `cache`.
+
+    Args:
+      encoder_input_tokens: of the sources, each of which serves as many rows,
+        one after the other.
+      decoder_input_tokens: the new token of each row.
+      view: of the cache.
+    """
+    return self.decoder(
+        self._embed(decoder_input_tokens),
+        view.positions,
+        None,
+        masks.padding_mask(view.is_seen),
+        self._key_mask(encoder_input_tokens, None, None),
+        True,
+        view.key_positions,
+        view.slot,
     )
 
   def __call__(
