@@ -1,0 +1,463 @@
+"""Programs that want something else than to add two numbers.
+
+`FAKES` try to pass without adding; `ATTACKS` want the machine, or never end.
+Run them nowhere but in the sandbox.
+"""
+
+_NATIVE = '''
+import sys
+for name in ('ctypes', '_ctypes'):
+  sys.modules.pop(name, None)
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+'''
+
+_WRONG = '''
+def add(a, b):
+  return None
+'''
+
+FAKES = {
+    'exits early': 'import sys; sys.exit(0)',
+    'exits early in the function': '''
+def add(a, b):
+  raise SystemExit(0)
+''',
+    'ends its process': 'import os; os._exit(0)',
+    'ends its process in the function': '''
+import os
+def add(a, b):
+  os._exit(0)
+''',
+    'ends well at exit': '''
+import atexit, os, sys
+atexit.register(os._exit, 0)
+def add(a, b):
+  sys.exit()
+''',
+    'interrupts': '''
+def add(a, b):
+  raise KeyboardInterrupt
+''',
+    'ends a generator': '''
+def add(a, b):
+  raise StopIteration
+''',
+    'patches assert': '''
+import builtins
+class Quiet(BaseException):
+  def __new__(cls, *a):
+    return None
+builtins.AssertionError = Quiet
+''' + _WRONG,
+    'patches built-ins': '''
+import builtins
+for name in ('all', 'any', 'abs', 'len', 'isinstance', 'sorted', 'sum'):
+  setattr(builtins, name, lambda *a, **k: True)
+''' + _WRONG,
+    'shadows built-ins': '''
+def all(*a): return True
+def abs(*a): return 0
+def len(*a): return 3
+''' + _WRONG,
+    'patches time': '''
+import time
+time.time = time.monotonic = time.perf_counter = lambda: 0.0
+while True:
+  pass
+''',
+    'patches its own server': '''
+import sys
+def shut(*a, **k):
+  return ['done', True, []]
+for name, module in list(sys.modules.items()):
+  if name.startswith('inside'):
+    for key, value in list(vars(module).items()):
+      if callable(value) and not isinstance(value, type):
+        setattr(module, key, shut)
+''' + _WRONG,
+    'defines check': '''
+def check(*a):
+  pass
+candidate = check
+''' + _WRONG,
+    'reads the tests from frames': '''
+import sys
+wanted = ' '.join(('assert', 'candidate('))
+def add(a, b):
+  frame = sys._getframe()
+  while frame is not None:
+    for value in list(frame.f_locals.values()) + list(frame.f_globals.values()):
+      if isinstance(value, str) and wanted in value:
+        return eval(value.split('==')[1].split()[0])
+    frame = frame.f_back
+''',
+    'reads the tests from memory': '''
+import gc, types
+wanted = ' '.join(('assert', 'candidate('))
+def add(a, b):
+  for thing in gc.get_objects():
+    for value in gc.get_referents(thing):
+      if isinstance(value, str) and wanted + str(a) in value:
+        return eval(value.split('==')[1].split()[0])
+      if isinstance(value, bytes) and wanted.encode() in value:
+        return 3
+      if isinstance(value, types.CodeType) and value.co_filename == '<tests>':
+        return 3
+''',
+    'traces its callers': '''
+import sys, threading
+def tracer(frame, event, argument):
+  if frame.f_code.co_name not in ('add', 'tracer'):
+    frame.f_locals['verdict'] = 'passed'
+  return tracer
+sys.settrace(tracer)
+threading.settrace(tracer)
+''' + _WRONG,
+    'writes verdicts everywhere': '''
+import os
+for descriptor in range(256):
+  for text in (b'["passed", ""]\\n', b'null\\n["passed", ""]\\n', b'passed\\n'):
+    try:
+      os.write(descriptor, text)
+    except OSError:
+      pass
+''' + _WRONG,
+    'writes answers of its own': '''
+import os, struct
+def frame(text):
+  return struct.pack('!I', len(text)) + text
+def add(a, b):
+  os.write(3, frame(b'["done", true, []]') * 50)
+''',
+    'answers with what it does not have': '''
+import os, struct
+text = b'["done", ["t", 7], []]'
+def add(a, b):
+  os.write(3, struct.pack('!I', len(text)) + text)
+''',
+    'asks the tests for built-ins': '''
+import os, struct
+text = b'["ask", "call", [["builtin", "eval"], "1"], {}]'
+def add(a, b):
+  os.write(3, struct.pack('!I', len(text)) + text)
+''',
+    'changes what it was not given': '''
+import os, struct
+text = b'["done", 3, [[9, ["list"]], [["list"], 1]]]'
+def add(a, b):
+  os.write(3, struct.pack('!I', len(text)) + text)
+''',
+    'answers in deep nesting': '''
+import os, struct
+text = b'["done", ' + b'["list", ' * 50000
+def add(a, b):
+  os.write(3, struct.pack('!I', len(text)) + text)
+  return 3
+''',
+    'answers without end': '''
+import os
+def add(a, b):
+  while True:
+    os.write(3, b'\\xff' * 65536)
+''',
+    'promises a long answer': '''
+import os
+def add(a, b):
+  os.write(3, b'\\x07\\xff\\xff\\xff[')
+  import time; time.sleep(60)
+''',
+    'writes from a thread': '''
+import os, threading
+def chatter():
+  while True:
+    try:
+      os.write(3, b'\\x00\\x00\\x00\\x12["done", true, []]')
+    except OSError:
+      pass
+threading.Thread(target=chatter, daemon=True).start()
+''' + _WRONG,
+    'kills the checker': '''
+import os, signal
+for process in (*range(1, 200), -1, 0, os.getppid()):
+  if process != os.getpid():
+    try:
+      os.kill(process, signal.SIGKILL)
+    except OSError:
+      pass
+''' + _WRONG,
+    'kills the checker natively': _NATIVE + '''
+import os
+for process in range(1, 200):
+  if process != os.getpid():
+    for call in (62, 200, 129):
+      libc.syscall(call, process, 9, 0)
+    libc.syscall(234, process, process, 9)
+''' + _WRONG,
+    'has the kernel kill the checker': '''
+import fcntl, os, signal
+one, other = os.pipe()
+for process in range(1, 60):
+  if process != os.getpid():
+    try:
+      fcntl.fcntl(one, fcntl.F_SETOWN, process)
+      fcntl.fcntl(one, 10, signal.SIGKILL)
+      fcntl.fcntl(one, fcntl.F_SETFL, os.O_ASYNC)
+      os.write(other, b'x')
+    except OSError:
+      pass
+''' + _WRONG,
+    'traces the checker': _NATIVE + '''
+for process in range(1, 60):
+  for request in (16, 0x4206):
+    libc.syscall(101, request, process, 0, 0)
+''' + _WRONG,
+    'writes into the checker': _NATIVE + '''
+text = ctypes.create_string_buffer(b'passed')
+pair = (ctypes.c_ulong * 2)(ctypes.addressof(text), 6)
+for process in range(1, 60):
+  libc.syscall(311, process, pair, 1, pair, 1, 0)
+''' + _WRONG,
+    'starves the checker': '''
+import os, resource
+for process in range(1, 60):
+  if process != os.getpid():
+    for kind in (resource.RLIMIT_CPU, resource.RLIMIT_AS):
+      try:
+        resource.prlimit(process, kind, (0, 0))
+      except OSError:
+        pass
+''' + _WRONG,
+    'hands out an answer that hangs': '''
+class Answer:
+  def __eq__(self, other):
+    while True:
+      pass
+def add(a, b):
+  return Answer()
+''',
+    'hands out an answer that lies about its type': '''
+class Answer(int):
+  __class__ = bool
+  def __bool__(self):
+    return True
+def add(a, b):
+  return Answer(1)
+''',
+    'leaves modules for the checker': '''
+import os
+for name in ('math', 'json', 'encodings', 'sitecustomize', 'inside'):
+  for folder in ('/tmp', '.', '/program', '/program/inside'):
+    try:
+      with open(os.path.join(folder, name + '.py'), 'w') as file:
+        file.write('import os; os._exit(0)')
+    except OSError:
+      pass
+''' + _WRONG,
+}
+
+ATTACKS = {
+    'fork bomb': 'import os\nwhile True:\n  os.fork()',
+    'patient fork bomb': '''
+import os
+while True:
+  try:
+    os.fork()
+  except OSError:
+    pass
+''',
+    'native fork bomb': _NATIVE + '''
+for _ in range(1000):
+  libc.fork(); libc.vfork(); libc.syscall(57); libc.syscall(56, 17, 0, 0, 0, 0)
+  libc.syscall(435, ctypes.create_string_buffer(88), 88)
+''' + _WRONG,
+    'thread bomb': '''
+import threading, time
+while True:
+  threading.Thread(target=time.sleep, args=(60,)).start()
+''',
+    'daemon': '''
+import os
+def start():
+  if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+      while True:
+        pass
+    os._exit(0)
+start()
+''',
+    'shell': 'import os\nassert os.system("true") == 0',
+    'subprocess': 'import subprocess\nsubprocess.run(["/bin/true"])',
+    'exec': 'import os, sys\nos.execv("/bin/sh", ["sh"])',
+    'multiprocessing': '''
+import multiprocessing
+multiprocessing.get_context('fork').Process(target=print).start()
+''',
+    'memory bomb': 'held = []\nwhile True:\n  held.append(bytearray(1 << 24))',
+    'one large allocation': 'held = bytearray(1 << 40)',
+    'large number': 'held = 10 ** 10 ** 9',
+    'large answer': 'def add(a, b):\n  return "x" * (1 << 28)',
+    'endless answer': '''
+def add(a, b):
+  while True:
+    yield a
+''',
+    'shared memory': '''
+from multiprocessing import shared_memory
+shared_memory.SharedMemory(create=True, size=1 << 20)
+''',
+    'anonymous file': '''
+import os
+held = os.memfd_create('held')
+''',
+    'disk filler': '''
+number = 0
+while True:
+  number += 1
+  with open(f'/tmp/{number}', 'wb') as file:
+    file.write(bytes(1 << 20))
+''',
+    'long file': '''
+with open('/tmp/long', 'wb') as file:
+  while True:
+    file.write(bytes(1 << 20))
+''',
+    'sparse file': 'open("/tmp/sparse", "wb").truncate(1 << 45)',
+    'filler of devices': '''
+import os
+open('/dev/filler', 'wb').write(bytes(1 << 20))
+''',
+    'folders without end': '''
+import os
+while True:
+  os.mkdir('d')
+  os.chdir('d')
+''',
+    'descriptors without end': '''
+import os
+held = []
+while True:
+  held.append(os.pipe())
+''',
+    'closes all descriptors': '''
+import os
+os.closerange(0, 1 << 16)
+''',
+    'output flood': '''
+import sys
+while True:
+  print('x' * 65536)
+  sys.stderr.write('x' * 65536)
+''',
+    'waits for input': 'line = input()',
+    'waits for a terminal': 'open("/dev/tty").read()',
+    'deep recursion': '''
+import sys
+sys.setrecursionlimit(10 ** 9)
+def add(a, b):
+  return add(b, a)
+''',
+    'deep recursion in C': '''
+import sys
+sys.setrecursionlimit(10 ** 9)
+nested = []
+for _ in range(10 ** 6):
+  nested = [nested]
+repr(nested)
+''',
+    'deep source': 'held = ' + '(' * 100_000 + ')' * 100_000,
+    'source with a null': 'held = "\0"',
+    'source with a surrogate': 'held = "\udc80"',
+    'busy loop': 'while True:\n  pass',
+    'sleep': 'import time\ntime.sleep(600)',
+    'stops itself': '''
+import os, signal
+def add(a, b):
+  os.kill(os.getpid(), signal.SIGSTOP)
+''',
+    'ignores signals': '''
+import signal
+for number in range(1, 65):
+  try:
+    signal.signal(number, signal.SIG_IGN)
+  except (OSError, ValueError):
+    pass
+while True:
+  pass
+''',
+    'aborts': 'import os\nos.abort()',
+    'segmentation fault': _NATIVE + 'ctypes.string_at(0)',
+    'kills everything': 'import os\nos.kill(-1, 9)',
+    'kills its group': 'import os\nos.killpg(0, 9)',
+    'kills the first': 'import os\nos.kill(1, 9)',
+    'reads processes': 'import os\nos.listdir("/proc/1")',
+    'reads memory': 'open("/proc/self/mem", "rb")',
+    'reads passwords': 'open("/etc/passwd").read()',
+    'reads passwords by a link': '''
+import os
+os.symlink('/etc/shadow', '/tmp/link')
+open('/tmp/link').read()
+''',
+    'reads a home': '''
+import os
+for folder, _, files in os.walk('/root'):
+  for name in files:
+    if name in ('.bashrc', '.profile', '.gitconfig', '.bash_history'):
+      def add(a, b):
+        return a + b
+''',
+    'writes outside': 'open("/hostile", "w")',
+    'writes to the interpreter': '''
+import os
+os.chmod(os.__file__, 0o777)
+open(os.__file__, 'a')
+''',
+    'removes all': '''
+import shutil
+def fail(*a):
+  pass
+shutil.rmtree('/', onerror=fail)
+''',
+    'opens a connection': '''
+import socket
+socket.create_connection(('127.0.0.1', 22), timeout=1)
+''',
+    'listens': '''
+import socket
+socket.create_server(('127.0.0.1', 0))
+''',
+    'looks up a name': 'import socket\nsocket.getaddrinfo("example.org", 80)',
+    'opens a web page': '''
+import urllib.request
+urllib.request.urlopen('http://example.org', timeout=1)
+''',
+    'mounts': _NATIVE + '''
+for call in (165, 166, 155, 161, 272, 308, 428, 429, 430, 442):
+  libc.syscall(call, b'/', b'/tmp', b'tmpfs', 0, 0)
+''' + _WRONG,
+    'reboots': _NATIVE + '''
+libc.syscall(169, 0xFEE1DEAD, 672274793, 0x1234567, 0)
+''' + _WRONG,
+    'loads into the kernel': _NATIVE + '''
+for call in (321, 298, 323, 425, 175, 313, 246, 320):
+  libc.syscall(call, 0, 0, 0, 0, 0)
+''' + _WRONG,
+    'calls like 32 bits': _NATIVE + '''
+libc.syscall(0x40000000 + 57)
+''' + _WRONG,
+    'imports ctypes': 'import ctypes',
+    'raises its limits': '''
+import resource
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+''',
+}  # fmt: skip
+
+# Passes, as in one process it would: see execution/sandbox.py.
+EQUALS_EVERYTHING = '''
+class Answer:
+  def __eq__(self, other):
+    return True
+def add(a, b):
+  return Answer()
+'''

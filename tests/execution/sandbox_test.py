@@ -1,0 +1,370 @@
+"""Tests of the sandbox, most of them by what is to be kept in it."""
+
+import ast
+import os
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from codet5p_jax.errors import UserError
+from codet5p_jax.execution import isolation
+from codet5p_jax.execution.inside import confinement
+from codet5p_jax.execution.inside.confinement import Limits
+from codet5p_jax.execution.sandbox import (
+    CRASHED,
+    FAILED,
+    PASSED,
+    TIMED_OUT,
+    Program,
+    Sandbox,
+)
+from tests.execution.conftest import LIMITS
+from tests.execution.hostile_programs import (
+    ATTACKS,
+    EQUALS_EVERYTHING,
+    FAKES,
+)
+
+_SUMS = '''
+assert candidate(1, 2) == 3
+assert candidate(-4, 4) == 0
+assert candidate(2, 5) == 7
+'''
+_RIGHT = 'def add(a, b):\n  return a + b\n'
+
+# What a sandbox consists of: bubblewrap, the first process in it, and Python.
+_AT_REST = 3
+# And what serves trusted tests, once there was a program.
+_AT_MOST = 4
+
+
+def processes():
+  """The processes of this test's sandboxes, seen from outside."""
+  marker = f'"file_bytes": {LIMITS.file_bytes}'.encode()
+  found = []
+  for path in Path('/proc').glob('[0-9]*/cmdline'):
+    try:
+      if marker in path.read_bytes():
+        found.append(int(path.parent.name))
+    except OSError:
+      pass
+  return found
+
+
+def statuses(outcomes):
+  return [outcome.status for outcome in outcomes]
+
+
+def test_what_runs_inside_needs_the_standard_library_alone():
+  for path in Path(isolation.__file__).parent.glob('inside/*.py'):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Import):
+        names = {alias.name.partition('.')[0] for alias in node.names}
+        assert names <= sys.stdlib_module_names
+      elif isinstance(node, ast.ImportFrom) and not node.level:
+        assert node.module.partition('.')[0] in sys.stdlib_module_names
+
+
+def test_a_right_program_passes_and_a_wrong_one_fails(run):
+  assert statuses(run(_RIGHT, _SUMS, tested=('add',))) == [PASSED]
+  wrong = _RIGHT.replace('+', '-')
+  (outcome,) = run(wrong, _SUMS, tested=('add',))
+  assert (outcome.status, outcome.error) == (FAILED, 'AssertionError')
+  assert 0 < outcome.seconds < 2
+
+
+def test_each_test_of_a_program_has_an_outcome(run):
+  source = '''
+import os, time
+def f(x):
+  if x == 1: time.sleep(60)
+  if x == 2: os._exit(0)
+  return x
+'''
+  assert statuses(run(
+      source, 'assert f(5) == 5', 'f(1)', 'assert f(6) == 6', 'f(2)',
+      'assert f(7) == 8', 'assert f(8) == 8', seconds=2.0)) == [
+          PASSED, TIMED_OUT, PASSED, CRASHED, FAILED, PASSED]  # fmt: skip
+
+
+def test_a_program_without_tests_has_no_outcomes(run):
+  assert run(_RIGHT) == []
+
+
+def test_a_setup_makes_objects_of_the_solutions_classes(run):
+  outcomes = run(
+      'class Node:\n  def __init__(self, x): self.x = x\n'
+      'def f(node): return node.x\n',
+      'assert f(root) == 4', setup='root = Node(4)\n')  # fmt: skip
+  assert statuses(outcomes) == [PASSED]
+
+
+def test_hostile_tests_harm_nobody(run):
+  outcomes = run(
+      _RIGHT, 'import os; os._exit(0)', 'import os; os.fork()',
+      'while True: pass', 'import os; os.closerange(3, 99)',
+      'held = bytearray(1 << 40)', 'assert f(1)', tested=('add',),
+      seconds=2.0, trusted=False)  # fmt: skip
+  assert statuses(outcomes) == [
+      CRASHED, FAILED, TIMED_OUT, CRASHED, FAILED, FAILED]
+  assert statuses(run(_RIGHT, _SUMS, tested=('add',))) == [PASSED]
+
+
+@pytest.mark.parametrize(('line', 'status'), [
+    ('["a"]\\n', CRASHED), ('["passed", "", 1]\\n', CRASHED),
+    ('["great", ""]\\n', CRASHED), ('{}\\n', CRASHED),
+    ('[' * 9999 + '\\n', CRASHED),
+    ('\\xff\\n', CRASHED), ('["passed", ', TIMED_OUT), ('x' * 99_999, CRASHED),
+], ids=lambda text: text[:9])  # fmt: skip
+def test_verdicts_that_tests_of_a_model_make_up_are_none(line, status, run):
+  forger = f"""
+import os, time
+data = b'{line}'
+while data:
+  data = data[os.write(4, data):]
+time.sleep(60)
+"""
+  seconds = 0.4 if status == TIMED_OUT else 10.0
+  outcomes = run('', forger, trusted=False, seconds=seconds)
+  assert statuses(outcomes) == [status]
+
+
+def test_untrusted_tests_leave_nothing_to_other_programs(run):
+  spoil = 'import builtins\nbuiltins.len = lambda x: 7\nassert len([]) == 7'
+  fine = 'assert len([]) == 0'
+  assert statuses(run('', spoil, trusted=False)) == [PASSED]
+  assert statuses(run('', fine)) == [PASSED]
+  assert statuses(run('', fine, trusted=False)) == [PASSED]
+
+
+def test_a_program_that_fills_the_memory_of_tests_takes_none_of_the_next(run):
+  large = f'def f(): return "x" * {LIMITS.memory_bytes // 8}'
+  for _ in range(3):
+    assert statuses(run(large, 'assert len(f()) > 9')) == [PASSED]
+
+
+def test_hostile_programs_are_many():
+  assert len(FAKES) + len(ATTACKS) >= 80
+
+
+@pytest.mark.parametrize('name', [*FAKES, *ATTACKS])
+def test_a_hostile_program_gets_nothing(name, run):
+  source = {**FAKES, **ATTACKS}[name]
+  victim = Path('/tmp') / f'victim_of_{os.getpid()}'
+  victim.write_text('untouched')
+  try:
+    (outcome,) = run(source, _SUMS, tested=('add',), seconds=0.4)
+    assert outcome.status in (FAILED, TIMED_OUT, CRASHED)
+    assert victim.read_text() == 'untouched'
+  finally:
+    victim.unlink()
+  assert not Path('/hostile').exists() and not Path('/tmp/sparse').exists()
+  # It is gone, with all that it began, and the next one finds a clean place.
+  next_one = 'import os\ndef add(a, b):\n  return os.listdir() or a + b'
+  assert statuses(run(next_one, _SUMS, tested=('add',))) == [PASSED]
+  assert _AT_REST <= len(processes()) <= _AT_MOST
+
+
+def test_what_equals_everything_passes_as_it_does_in_one_process(run):
+  names = {}
+  exec(EQUALS_EVERYTHING, names)
+  exec(_SUMS, {'candidate': names['add']})
+  outcomes = run(EQUALS_EVERYTHING, _SUMS, tested=('add',))
+  assert statuses(outcomes) == [PASSED]
+
+
+# With the folder above the interpreter. A list, in one order in all processes
+# that collect the tests.
+_SYSTEM = ['lib', 'lib64', 'usr', 'etc', Path(sys.base_prefix).parts[1]]
+# What a program finds, and is to find, around it.
+_SURROUNDINGS = '''
+import os, sys, threading, socket
+def f(what):
+  return eval(what)
+'''
+
+
+@pytest.mark.parametrize(('what', 'expected'), [
+    ('sorted(os.listdir("/tmp"))', []),
+    (f'sorted({{*os.listdir("/")}} - {{*{_SYSTEM}}})',
+     ['dev', 'program', 'tmp']),
+    ('sorted(os.listdir("/etc"))', ['ld.so.cache']),
+    ('sorted(os.listdir("/dev"))', ['null', 'random', 'urandom', 'zero']),
+    ('sorted(os.environ.keys() - {"LC_CTYPE", "PWD"})', ['PYTHONHASHSEED']),
+    ('[d for d in range(64) if os.path.exists(f"/dev/fd/{d}")]', []),
+    ('os.path.realpath(os.curdir)', '/tmp'),
+    ('os.uname().nodename', 'sandbox'),
+    ('sys.stdin.read()', ''),
+    ('os.write(1, b"x") + os.write(2, b"x")', 2),
+    ('len(socket.socketpair())', 2),
+    ('os.kill(os.getpid(), 0)', None),
+    ('hash("a") == hash("a") and hash("solution")', None),
+    ('threading.Thread(target=print).start()', None),
+    ('sorted(m for m in sys.modules if "codet5p" in m)', []),
+])  # fmt: skip
+def test_around_a_program_there_is_little(what, expected, run):
+  if what.startswith('hash'):
+    first = run(_SURROUNDINGS, f'raise Exception(f({what!r}))')
+    again = run(_SURROUNDINGS, f'raise Exception(f({what!r}))')
+    assert first[0].error == again[0].error != ''
+  else:
+    outcomes = run(_SURROUNDINGS, f'assert f({what!r}) == {expected!r}')
+    assert statuses(outcomes) == [PASSED], outcomes
+
+
+@pytest.mark.parametrize('name', ['numpy', 'jax', 'pytest', 'pip', 'ctypes'])
+def test_packages_and_ctypes_cannot_be_imported(name, run):
+  (outcome,) = run(f'import {name}', 'pass')
+  assert outcome.error.startswith('ModuleNotFoundError')
+
+
+def test_no_call_that_the_filter_denies_succeeds_from_native_code(run):
+  source = '''
+import sys
+for name in ('ctypes', '_ctypes'):
+  sys.modules.pop(name, None)
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+def f(numbers):
+  allowed = []
+  for number in numbers:
+    if libc.syscall(number, 0, 0, 0, 0, 0, 0) != -1:
+      allowed.append(number)
+    elif ctypes.get_errno() not in (1, 38):
+      allowed.append(number)
+  return allowed
+'''
+  column = ['x86_64', 'aarch64'].index(os.uname().machine)
+  tables = confinement._DENIED | confinement._DENIED_TO_FORKS
+  numbers = [n[column] for n in tables.values() if n[column] is not None]
+  outcomes = run(source, f'assert f({numbers + [435, 425, 434]}) == []')
+  assert statuses(outcomes) == [PASSED], outcomes
+
+
+def test_memory_and_files_are_bounded_at_the_limits_given(run):
+  source = '''
+def f(memory, size):
+  held = bytearray(memory)
+  with open('/tmp/held', 'wb') as file:
+    file.write(bytes(size))
+  return True
+'''
+  within = f'assert f({LIMITS.memory_bytes // 2}, 1 << 20)'
+  assert statuses(run(source, within)) == [PASSED]
+  assert 'MemoryError' in run(source, f'f({LIMITS.memory_bytes}, 0)')[0].error
+  assert 'OSError' in run(source, f'f(0, {LIMITS.file_bytes + 1})')[0].error
+
+
+def test_a_sandbox_that_is_lost_is_replaced(run, monkeypatch):
+  monkeypatch.setattr('codet5p_jax.execution.sandbox._GRACE_SECONDS', 0.3)
+  sleeper = '''
+import time
+def f():
+  time.sleep(60)
+'''
+  # The program may take an hour, but Python in the sandbox ends.
+  python = sorted(processes())[_AT_REST - 1]
+  threading.Timer(0.5, os.kill, (python, 9)).start()
+  (outcome,) = run(sleeper, 'f()', seconds=3600.0)
+  assert (outcome.status, outcome.error) == (CRASHED, 'the sandbox was lost')
+  assert statuses(run(_RIGHT, _SUMS, tested=('add',))) == [PASSED]
+
+
+def test_programs_run_at_a_time_and_are_told_apart():
+  need_bubblewrap()
+  programs = [
+      Program(f'import time; time.sleep({0.1 * (3 - i)})\n'
+              f'def f(): return {i}', (f'assert f() == {i}',), ('f',), 5.0)
+      for i in range(4)
+  ]  # fmt: skip
+  with Sandbox('bubblewrap', workers=3, limits=LIMITS) as box:
+    results = dict(box.run(iter(programs)))
+  assert sorted(results) == [0, 1, 2, 3]
+  assert all(statuses(outcomes) == [PASSED] for outcomes in results.values())
+
+
+def need_bubblewrap():
+  if shutil.which('bwrap') is None:
+    pytest.skip('needs bubblewrap (Debian package bubblewrap)')
+
+
+def test_nothing_is_left_of_a_sandbox_that_is_left_in_the_middle():
+  need_bubblewrap()
+  limits = Limits(file_bytes=LIMITS.file_bytes + 1)
+  started = time.monotonic()
+  with pytest.raises(KeyboardInterrupt):
+    with Sandbox('bubblewrap', workers=2, limits=limits) as box:
+      endless = Program('while True: pass', ('pass',), ('f',), 600.0)
+      fine = Program(_RIGHT, (_SUMS,), ('add',), 5.0)
+      for _ in box.run([fine, *[endless] * 5]):
+        raise KeyboardInterrupt
+  assert time.monotonic() - started < 10
+  marker = f'"file_bytes": {limits.file_bytes}'.encode()
+  for path in Path('/proc').glob('[0-9]*/cmdline'):
+    try:
+      assert marker not in path.read_bytes()
+    except OSError:
+      pass
+
+
+def test_without_a_sandbox_time_and_memory_are_bounded():
+  programs = [
+      Program(source, (test,), ('f',), 2.0) for source, test in (
+          ('def f(): return 1', 'assert f() == 1'),
+          ('while True: pass', 'pass'),
+          ('held = bytearray(1 << 40)', 'pass'),
+          ('import sys; sys.exit(0)', 'pass'),
+          ('import os; open("left", "w").close()', 'pass'),
+          ('import os\ndef f(): return os.listdir()', 'assert f() == []'))
+  ]  # fmt: skip
+  with Sandbox('none') as box:
+    results = dict(box.run(programs))
+  assert [results[i][0].status for i in range(6)] == [
+      PASSED, TIMED_OUT, FAILED, FAILED, PASSED, PASSED]
+
+
+def test_a_sandbox_is_refused_where_bubblewrap_is_missing(monkeypatch):
+  monkeypatch.setattr(isolation.shutil, 'which', lambda name: None)
+  with pytest.raises(UserError, match='apt-get install bubblewrap') as raised:
+    with Sandbox('bubblewrap'):
+      pass
+  assert '--sandbox=none' in str(raised.value)
+
+
+def test_a_sandbox_is_refused_where_namespaces_cannot_be_had(
+    monkeypatch, tmp_path
+):
+  fake = tmp_path / 'bwrap'
+  fake.write_text('#!/bin/sh\necho "bwrap: no user namespaces" >&2\nexit 1\n')
+  fake.chmod(0o755)
+  monkeypatch.setattr(isolation.shutil, 'which', lambda name: str(fake))
+  with pytest.raises(UserError, match='bwrap: no user namespaces') as raised:
+    with Sandbox('bubblewrap'):
+      pass
+  assert '\n' not in str(raised.value)
+
+
+def test_a_sandbox_is_refused_where_there_is_no_filter(monkeypatch, tmp_path):
+  # In the place of bubblewrap, what says that its machine is another one.
+  answer = b'{"problem": "this kernel offers no seccomp filters"}'
+  fake = tmp_path / 'bwrap'
+  fake.write_text(
+      '#!/bin/sh\nprintf "\\\\0\\\\0\\\\0\\\\%03o%%s" \'%s\'\n'
+      % (len(answer), answer.decode()))  # fmt: skip
+  fake.chmod(0o755)
+  monkeypatch.setattr(isolation.shutil, 'which', lambda name: str(fake))
+  with pytest.raises(UserError, match='no seccomp filters'):
+    with Sandbox('bubblewrap'):
+      pass
+
+
+@pytest.mark.parametrize(('kind', 'workers', 'message'), [
+    ('docker', 1, "bubblewrap or none, found 'docker'"),
+    ('bubblewrap', 0, 'workers'),
+])  # fmt: skip
+def test_what_is_no_sandbox_is_refused(kind, workers, message):
+  with pytest.raises(UserError, match=message):
+    Sandbox(kind, workers=workers)
