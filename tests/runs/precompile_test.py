@@ -1,15 +1,13 @@
 import dataclasses
 import importlib.util
 import json
-import pathlib
-import re
 import types
 
 import jax
 import pytest
 
-from codet5p_jax import main
 from codet5p_jax.errors import UserError
+from codet5p_jax.generation_shapes import GenerationShapes
 from codet5p_jax.models.computation import Computation
 from codet5p_jax.models.t5 import T5Config
 from codet5p_jax.objectives.causal_lm import CausalLM
@@ -57,7 +55,7 @@ def test_the_real_step_is_compiled_for_a_chip_that_is_not_there(
     tmp_path, capsys
 ):
   path = tmp_path / 'report.json'
-  result = precompile(CONFIG, 'v5e:1x1', str(path))
+  result = precompile('v5e:1x1', CONFIG, report=str(path))
   assert json.loads(path.read_text()) == result
   assert list(tmp_path.iterdir()) == [path]
   described = {
@@ -109,7 +107,8 @@ def compiler(monkeypatch):
   monkeypatch.setattr(module, 'topology_devices', lambda name: (devices, 2))
   asked = []
 
-  def compile_step(train_step, batch, topology):
+  def compile_step(lowered, topology, advice):
+    (_, batch), _ = lowered.args_info
     asked.append(batch)
     [name] = batch
     temporaries = {'causal_lm': 1000, 'sequence_to_sequence': 5000}[name]
@@ -120,7 +119,9 @@ def compiler(monkeypatch):
         generated_code_size_in_bytes=40,
         alias_size_in_bytes=200,
     )
-    return types.SimpleNamespace(memory_analysis=lambda: analysis), PRODUCT
+    compiled = types.SimpleNamespace(memory_analysis=lambda: analysis)
+    plan = module._memory(compiled) | {'compile_seconds': 0.0}
+    return plan, PRODUCT, compiled
 
   monkeypatch.setattr(module, '_compile', compile_step)
   return asked
@@ -134,7 +135,7 @@ def test_the_largest_objective_decides_and_chips_hold_several_devices(
       objectives=(SequenceToSequence(7, 5), *CONFIG.objectives),
       batch_size=16,
   )
-  result = precompile(config, 'v4:2x1x1')
+  result = precompile('v4:2x1x1', config)
   # 300 + 210 + 5000 + 40 - 200.
   assert result['peak_hbm_bytes_per_device'] == 5350
   assert result['peak_hbm_bytes_per_chip'] == 10_700
@@ -168,9 +169,9 @@ def test_more_memory_than_is_accepted_is_one_clear_line(compiler, tmp_path):
   config = dataclasses.replace(CONFIG, batch_size=8)
   report = tmp_path / 'report.json'
   # 300 + 210 + 1000 + 40 - 200, twice: 2700 bytes.
-  precompile(config, 'v4:2x1x1', max_peak_hbm_gb=2.7e-6)
+  precompile('v4:2x1x1', config, max_peak_hbm_gb=2.7e-6)
   with pytest.raises(UserError, match='at most 2.6e-06 GB') as error:
-    precompile(config, 'v4:2x1x1', str(report), max_peak_hbm_gb=2.6e-6)
+    precompile('v4:2x1x1', config, report=str(report), max_peak_hbm_gb=2.6e-6)
   assert '\n' not in str(error.value)
   assert json.loads(report.read_text())['peak_hbm_bytes_per_chip'] == 2700
 
@@ -182,7 +183,7 @@ def test_a_report_that_cannot_be_written_is_one_clear_line(
   (tmp_path / 'file').write_text('mine')
   config = dataclasses.replace(CONFIG, batch_size=8)
   with pytest.raises(UserError, match='write the report to') as error:
-    precompile(config, 'v4:2x1x1', str(tmp_path / place))
+    precompile('v4:2x1x1', config, report=str(tmp_path / place))
   assert str(tmp_path / place) in str(error.value)
   assert '\n' not in str(error.value)
   assert [path.name for path in tmp_path.iterdir()] == ['file']
@@ -194,14 +195,14 @@ def test_a_report_that_cannot_be_put_in_place_leaves_nothing(
   (tmp_path / 'report.json').mkdir()
   config = dataclasses.replace(CONFIG, batch_size=8)
   with pytest.raises(UserError, match='write the report to'):
-    precompile(config, 'v4:2x1x1', str(tmp_path / 'report.json'))
+    precompile('v4:2x1x1', config, report=str(tmp_path / 'report.json'))
   assert [path.name for path in tmp_path.iterdir()] == ['report.json']
 
 
 @pytest.mark.parametrize('name', ['v5e', 'v5e:', '4x4', 'tpu v5e:4x4', ''])
 def test_what_is_no_topology_is_one_clear_line(name):
   with pytest.raises(UserError, match='set TOPOLOGY') as error:
-    precompile(CONFIG, name)
+    precompile(name, CONFIG)
   assert repr(name) in str(error.value)
   assert '\n' not in str(error.value)
 
@@ -212,18 +213,20 @@ def test_a_topology_that_the_compiler_does_not_know_is_one_clear_line(name):
   with pytest.raises(
       UserError, match='a topology the TPU compiler knows'
   ) as error:
-    precompile(CONFIG, name)
+    precompile(name, CONFIG)
   assert repr(name) in str(error.value)
   assert '\n' not in str(error.value)
 
 
-def failing_step(message):
-  def lower(state, batch):
+def failing(message):
+  """A program that cannot be compiled."""
+  program = jax.jit(lambda: 0).lower()
+
+  def compile_program(options):
     raise RuntimeError(message)
 
-  return types.SimpleNamespace(
-      step=types.SimpleNamespace(lower=lower), abstract_state=None
-  )
+  program.compile = compile_program
+  return program
 
 
 def test_a_step_that_does_not_fit_is_one_clear_line():
@@ -234,7 +237,7 @@ def test_a_step_that_does_not_fit_is_one_clear_line():
       'Total hbm usage >= 24.25G:\n    reserved        258.00M\n'
   )
   with pytest.raises(UserError, match='fit the memory of v5e:4x4') as error:
-    module._compile(failing_step(message), {}, 'v5e:4x4')
+    module._compile(failing(message), 'v5e:4x4', 'lower BATCH_SIZE')
   assert 'Used 23.99G of 15.75G hbm' in str(error.value)
   assert 'lower BATCH_SIZE' in str(error.value)
   assert '\n' not in str(error.value)
@@ -242,46 +245,43 @@ def test_a_step_that_does_not_fit_is_one_clear_line():
 
 def test_other_faults_of_the_compiler_are_not_blamed_on_memory():
   with pytest.raises(RuntimeError, match='INTERNAL: a bug'):
-    module._compile(failing_step('INTERNAL: a bug'), {}, 'v5e:4x4')
-
-
-# As `make precompile-all` keeps them, of which the others take longer.
-PEAKS = [
-    peak.groups()
-    for peak in re.finditer(
-        r'^  (v\S+),(deep_\w+),(\d+),(\w+),([\d.]+)( \\)?$',
-        (pathlib.Path(__file__).parents[2] / 'Makefile').read_text(),
-        re.MULTILINE,
-    )
-]
+    module._compile(failing('INTERNAL: a bug'), 'v5e:4x4', 'wait')
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-    ('topology', 'model', 'frozen_dtype'),
-    [('v5e:1x1', 'deep_2b', 'bfloat16'), ('v5e:1x1', 'deep_6b', 'int8')],
-)
-def test_a_released_composite_trains_in_the_memory_that_is_stated(
-    tmp_path, topology, model, frozen_dtype
-):
-  assert len(PEAKS) == 5
-  [(batch_size, gigabytes)] = [
-      (peak[2], peak[4])
-      for peak in PEAKS
-      if (*peak[:2], peak[3]) == (topology, model, frozen_dtype)
-  ]
+def test_both_programs_that_generate_are_planned(tmp_path, capsys):
   report = tmp_path / 'report.json'
-  code = main.main([
-      'precompile',
-      f'--gin_file=models/{model}.gin',
-      '--gin_file=runs/finetune.gin',
-      f'TOPOLOGY={topology}',
-      f'BATCH_SIZE={batch_size}',
-      f'FROZEN_DTYPE={frozen_dtype}',
-      f'MAX_PEAK_HBM_GB={gigabytes}',
-      f'--report={report}',
-  ])
-  assert code == 0
-  [step] = json.loads(report.read_text())['steps'].values()
-  # What is frozen goes forward alone, and the rest is computed as it must be.
-  assert step['matmul_flops_ratio'] < 1.05
+  shapes = GenerationShapes(
+      CONFIG.model, batch_size=4, prompt_length=24, max_new_tokens=16
+  )
+  result = precompile('v5e:1x1', generation=shapes, report=str(report))
+  assert json.loads(report.read_text()) == result
+  prefill, token = result['steps']['prefill'], result['steps']['token']
+  # The cache is handed on and, being given up, not there twice.
+  assert token['argument_bytes_per_device'] > (
+      prefill['argument_bytes_per_device']
+  )
+  cache = 2 * 2 * 4 * (24 + 16) * CONFIG.model.emb_dim  # Keys and values.
+  assert token['aliased_bytes_per_device'] > cache
+  assert result['peak_hbm_bytes_per_chip'] == max(
+      prefill['peak_hbm_bytes_per_chip'], token['peak_hbm_bytes_per_chip']
+  )
+  shown = capsys.readouterr().out
+  assert 'prefill on v5e:1x1' in shown and 'token on v5e:1x1' in shown
+
+
+def test_either_training_or_generating_is_compiled():
+  shapes = GenerationShapes(CONFIG.model)
+  with pytest.raises(UserError, match='found neither'):
+    precompile('v5e:1x1')
+  with pytest.raises(UserError, match='found both'):
+    precompile('v5e:1x1', CONFIG, shapes)
+
+
+@needs_compiler
+def test_a_batch_that_the_mesh_does_not_divide_is_told():
+  shapes = GenerationShapes(
+      CONFIG.model, batch_size=3, mesh_shape=(1, -1, 1)
+  )
+  with pytest.raises(UserError, match='set BATCH_SIZE, or MESH_SHAPE='):
+    precompile('v5e:2x2', generation=shapes)
