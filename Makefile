@@ -39,8 +39,8 @@ pretrain: .venv/installed-$(VERSION)
 	$(CODET5P) evaluate --gin_file=runs/evaluate.gin RUN_DIR=$(RUN_DIR) \
 	  SPLIT=test
 	$(CODET5P) generate --gin_file=runs/generate.gin RUN_DIR=$(RUN_DIR) \
-	  MAX_NEW_TOKENS=40 \
-	  $$'def heappush(heap, item):\n    """Push item onto heap."""\n' \
+	  NUM_SAMPLES=3 TEMPERATURE=0.4 TOP_P=0.95 MAX_NEW_TOKENS=40 \
+	  'def fibonacci(n):' \
 	  $$'class OrderedDict(dict):\n    def __init__(self' \
 	  $$'import os\nimport sys\n'
 	$(CODET5P) generate --gin_file=runs/generate.gin RUN_DIR=$(RUN_DIR) \

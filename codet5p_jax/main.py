@@ -34,7 +34,7 @@ class Subcommand:
   summary: str  # A line for --help.
   gin: bool = False  # Configured by gin files; otherwise by flags.
   words: tuple[str, ...] = ()  # Parameters given without a flag, in order; a
-  # last one such as 'prompts...' takes all further words, as a tuple.
+  # last one such as 'prompts...' takes all further words, if any, as a tuple.
   flags: tuple[str, ...] = ()  # With gin: parameters that are flags as well.
 
 
@@ -49,11 +49,16 @@ SUBCOMMANDS = {
         'complete prompts, or fill their gaps, with a trained model', gin=True,
         words=('prompts...',)),
     'precompile': Subcommand(
-        'compile a training step for a TPU that is not at hand', gin=True,
-        flags=('report',)),
+        'compile a step or what generates for a TPU not at hand',
+        gin=True, flags=('report',)),
     'report': Subcommand('tell in words and curves how a run went'),
     'replay': Subcommand('make a step of a run again, to find what was wrong'),
     'prepare_corpus': Subcommand('make a corpus folder from source code'),
+    'prepare_task': Subcommand(
+        'make pairs and problems of the file of a benchmark'),
+    'postprocess': Subcommand('make programs of what a model wrote'),
+    'score': Subcommand(
+        'score what a model wrote', words=('metric',)),
     'inspect_data': Subcommand('show decoded examples of a task'),
     'train_vocabulary': Subcommand('train a vocabulary on source code'),
     'convert': Subcommand(
@@ -262,7 +267,7 @@ def _given_words(
   waiting, given = list(words), {}
   expected = f'expected codet5p {name} {_usage_words(name)}'.strip()
   for parameter in SUBCOMMANDS[name].words:
-    if parameter.endswith('...') and waiting:
+    if parameter.endswith('...'):
       given[parameter.removesuffix('...')] = tuple(waiting)
       waiting = []
     elif waiting:

@@ -13,7 +13,7 @@ from codet5p_jax.data.vocabularies import Vocabulary, load_vocabulary
 from codet5p_jax.errors import UserError
 from codet5p_jax.initialisation import frozen_paths, load_given
 from codet5p_jax.models.computation import Computation
-from codet5p_jax.sharding import make_mesh
+from codet5p_jax.sharding import DECODING_RULES, make_mesh
 from codet5p_jax.storage import local_path
 from codet5p_jax.training.checkpoints.fingerprint import join_digests
 from codet5p_jax.training.checkpoints.layout import nest, stack_leaves
@@ -62,6 +62,7 @@ def load_trained_model(
     batch_size: int | None = None,
     dtype: str | None = None,
     init_from: Sequence[Any] | None = None,
+    to_generate: bool = False,
 ) -> TrainedModel:
   """Reads a run folder: its weights, else those of its newest checkpoint.
 
@@ -74,6 +75,8 @@ def load_trained_model(
     init_from: where the weights lie that the run started from and left frozen,
       if they were moved; see conversion/init_from.py. Not looked at where
       nothing is frozen.
+    to_generate: spread the weights as generating needs them, with layers of
+      their own.
 
   Raises:
     UserError: the folder is none of a run, holds no weights, or is damaged; or
@@ -82,6 +85,14 @@ def load_trained_model(
   folder = RunFolder(local_path(run_dir))
   config = rebuild(read_config(run_dir))
   step_config = _step_config(config, tuple(mesh_shape), batch_size, dtype)
+  if to_generate:
+    step_config = dataclasses.replace(
+        step_config,
+        rules=DECODING_RULES,
+        computation=dataclasses.replace(
+            step_config.computation, scan_layers=False
+        ),
+    )
   vocabulary = load_own_vocabulary(folder, config)
   train_step = make_train_step(step_config, make_mesh(mesh_shape))
   if folder.model.exists():

@@ -186,8 +186,6 @@ def test_flags_are_the_arguments_of_the_function(runs):
      'expected more, found less'),
     (['fit', '-x'], '-x is no flag; flags are --words_like_this=value, and '
      'text that begins with - follows --'),
-    (['answer'], 'expected codet5p answer PROMPTS..., found nothing after '
-     'answer'),
     (['copy', 'a', 'b', 'c'], 'expected codet5p copy SOURCE TARGET and macros '
      'KEY=value or flags --name=value, found c'),
     (['copy', '--sorce=a'],

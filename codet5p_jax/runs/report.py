@@ -186,6 +186,7 @@ def _read(run_dir: str) -> _Run:
       row
       for path in sorted(folder.path.glob('generation/outputs*.jsonl'))
       for row in read_metrics(path)
+      if 'settings' in row  # Former versions did not write them.
   ]
   corpus = _corpus_metadata(pathlib.Path(config['data_dir']))
   sessions = read_timeline(folder.timeline)
@@ -262,13 +263,30 @@ def _samples(run: _Run) -> list[str]:
   if not run.outputs:
     return []
   sections = ['## What it writes']
-  sections.append(_paragraph(
-      'Always the likeliest token, which makes small models repeat themselves.'
-  ))
+  if any(_how(row['settings']) == _GREEDY for row in run.outputs):
+    sections.append(_paragraph(
+        'At temperature 0 it takes the likeliest token each time, which makes '
+        'small models repeat themselves.'
+    ))
   for row in run.outputs:
-    told = f'Mode `{row["mode"]}`, weights of step {row["step"]:,}. Prompt:'
-    sections += [told, _fenced(row['prompt']), 'Answer:', _fenced(row['text'])]
+    sections += [
+        f'Mode `{row["mode"]}`, {_how(row["settings"])}, weights of step '
+        f'{row["step"]:,}. Prompt:',
+        _fenced(row['prompt']),
+        'Answer:',
+        _fenced(row['completion']),
+    ]
   return sections
+
+
+_GREEDY = 'temperature 0'
+
+
+def _how(settings: Mapping[str, Any]) -> str:
+  """How a completion was made."""
+  if search := settings['beam_search']:
+    return f'{search["num_beams"]} beams'
+  return f'temperature {settings["sampling"]["temperature"]:g}'
 
 
 def _model(run: _Run) -> str:

@@ -271,12 +271,22 @@ def test_without_metadata_the_place_of_the_data_is_told(run, tmp_path):
 
 
 def test_samples_are_shown_with_their_prompts_whatever_they_hold(run):
-  row = {'prompt': '```py\nx', 'mode': 'infill', 'text': 'y', 'step': 1234}
+  row = {
+      'prompt': '```py\nx',
+      'mode': 'infill',
+      'completion': 'y',
+      'step': 1234,
+      'settings': {
+          'sampling': {'temperature': 0.0},
+          'beam_search': None,
+      },
+  }
   path = run.path / 'generation' / 'outputs.jsonl'
   write_result(path, f'{json.dumps(row)}\n')
   report(str(run.path))
   text = (run.path / 'report.md').read_text()
-  assert 'Mode `infill`, weights of step 1,234. Prompt:' in text
+  told = 'Mode `infill`, temperature 0, weights of step 1,234. Prompt:'
+  assert told in text and 'At temperature 0 it takes the likeliest' in text
   assert '\n````\n```py\nx\n````\n' in text
   assert '- `generation`:' in text and '- `model`:' not in text
 

@@ -246,8 +246,8 @@ def test_the_run_folder_is_enough_to_evaluate_and_to_generate(
   written = undisturbed / 'evaluation' / 'validation' / 'metrics.json'
   assert json.loads(written.read_text())['step'] == STEPS
   capsys.readouterr()
-  [text] = generate(['def f():'], str(undisturbed), max_new_tokens=5)
-  assert capsys.readouterr().out.startswith('def f():' + text)
+  [made] = generate(['def f():'], str(undisturbed), max_new_tokens=5)
+  assert capsys.readouterr().out.startswith('def f():' + made.text)
 
 
 def test_weights_of_an_unfinished_run_come_from_its_newest_checkpoint(
@@ -360,7 +360,7 @@ def test_prompts_and_modes_are_checked(undisturbed):
     generate([], str(undisturbed))
   with pytest.raises(UserError, match=re.escape("found 'both'; set MODE")):
     generate(['x'], str(undisturbed), mode='both')
-  with pytest.raises(UserError, match='at least one token, found 0'):
+  with pytest.raises(UserError, match='max_new_tokens to be at least 1'):
     generate(['x'], str(undisturbed), max_new_tokens=0)
 
 
