@@ -7,6 +7,7 @@ a probability is the same when a batch is made again.
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 
@@ -23,6 +24,10 @@ from codet5p_jax.errors import UserError, require_positive
 from codet5p_jax.generation_requests import Request
 from codet5p_jax.sharding import batch_axes_size
 from codet5p_jax.trained_model import TrainedModel
+
+# Kept, so that what they compiled serves who asks for the same again.
+_make_sampler = functools.lru_cache(maxsize=8)(Sampler)
+_make_searcher = functools.lru_cache(maxsize=8)(BeamSearcher)
 
 # How often the text so far is looked at: to find stop strings, and to tell.
 _TOKENS_AT_ONCE = 32
@@ -170,10 +175,10 @@ class Generator:
     if search is None:
       calls = -(-settings.num_samples // batch_size)
       self._rows = -(-settings.num_samples // calls)
-      self._sampler = Sampler(model, settings.sampling, eos_id, mesh)
+      self._sampler = _make_sampler(model, settings.sampling, eos_id, mesh)
     else:
       self._rows = search.num_beams
-      self._searcher = BeamSearcher(model, search, eos_id, mesh)
+      self._searcher = _make_searcher(model, search, eos_id, mesh)
     # Prompts are spread over the mesh, each with all of its rows.
     shards = batch_axes_size(mesh)
     prompts = min(batch_size // self._rows, len(requests))
