@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import sys
 
 # Before anything imports JAX, which reads them once.
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -24,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping._import_hook import _JaxtypingLoader
 
 # The flags are read, and the TPU compiler refuses those that it does not know.
 jnp.zeros(1).block_until_ready()
@@ -31,6 +33,22 @@ os.environ['XLA_FLAGS'] = FLAGS
 
 # Whole runs, and steps on several meshes: half of the time of all tests.
 SLOW_FOLDERS = ('runs', 'training')
+
+
+def pytest_configure():
+  """Lets slipcover count the lines of modules that jaxtyping has rewritten.
+
+  jaxtyping's import hook stands before slipcover's, which sees none of them.
+  """
+  if 'SLIPCOVER_ENABLED' not in os.environ:
+    return
+  sys.meta_path.sort(
+      key=lambda finder: type(finder).__module__ != 'slipcover.importer'
+  )
+  # What is cached may be without jaxtyping's checks.
+  _JaxtypingLoader.get_code = lambda loader, name: loader.source_to_code(
+      loader.get_data(loader.path), loader.path
+  )
 
 
 def pytest_collection_modifyitems(items):
