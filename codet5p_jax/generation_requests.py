@@ -112,11 +112,11 @@ def choose_mode(
   return mode
 
 
-def decoder_is_prompted(trained: TrainedModel, mode: str) -> bool:
-  """Whether a prompt for the decoder has any effect."""
+def takes_decoder_prompt(trained: TrainedModel, mode: str) -> bool:
+  """Whether a prompt for the decoder alone has any effect."""
   model = trained.train_step.config.model
-  return mode in ('decoder_only', 'encoder_and_decoder') or (
-      mode == 'as_released' and model.prompt_to_decoder
+  return mode != 'infill' and (
+      mode != 'as_released' or model.prompt_to_decoder
   )
 
 
@@ -133,8 +133,9 @@ def make_request(trained: TrainedModel, mode: str, prompt: Prompt) -> Request:
       <extra_id_1> and so on. "as_released" gives it as the released models were
       evaluated: to the encoder as their tokenizers encode it, and to a frozen
       decoder too, without a start token (spec 7.1, T14).
-    prompt: texts for encoder and decoder. Where `decoder_is_prompted` and there
-      is none for it, it gets the encoder's.
+    prompt: texts for encoder and decoder. One for the decoder stands before
+      what it writes, if the mode `takes_decoder_prompt`; without one, a
+      decoder that gets the prompt gets the encoder's.
 
   Raises:
     UserError: a prompt for "infill" has no gap.
@@ -144,6 +145,7 @@ def make_request(trained: TrainedModel, mode: str, prompt: Prompt) -> Request:
   render = vocabulary.decode
   begin = [] if ids.bos is None else [ids.bos]
   text, continued = prompt.encoder_text, prompt.decoder_text
+  forced = [] if continued is None else vocabulary.encode(continued)
   if continued is None:
     continued = text
   if mode == 'infill':
@@ -159,10 +161,10 @@ def make_request(trained: TrainedModel, mode: str, prompt: Prompt) -> Request:
     source, target = [ids.clm], [start, *begin, *vocabulary.encode(continued)]
   elif mode == 'seq2seq_causal_lm':
     source = [ids.clm, *begin, *vocabulary.encode(text)]
-    target = [start, *begin]
+    target = [start, *begin, *forced]
   elif mode == 'encoder_decoder':
     source = [*begin, *vocabulary.encode(text), ids.eos]
-    target = [start, *begin]
+    target = [start, *begin, *forced]
   else:  # As SequenceToSequence trains models that get the prompt twice.
     source = vocabulary.encode(text)
     target = [start, *vocabulary.encode(continued)]

@@ -128,8 +128,11 @@ def test_a_decoder_that_gets_a_prompt_gets_its_own(vocabulary):
   begin = vocabulary.task_tokens.bos
   alone = make_request(trained, 'decoder_only', prompt)
   assert alone.target == (START, begin, *encode('two'))
-  without = make_request(trained, 'encoder_decoder', prompt)
-  assert without.target == (START, begin)
+  for mode in ('encoder_decoder', 'seq2seq_causal_lm'):
+    beside = make_request(trained, mode, prompt)
+    alone = make_request(trained, mode, Prompt('a', 'one'))
+    assert beside.source == alone.source
+    assert beside.target == (START, begin, *encode('two'))
 
 
 def test_released_models_are_asked_as_they_were_evaluated(released):

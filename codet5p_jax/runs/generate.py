@@ -23,8 +23,8 @@ from codet5p_jax.generation_requests import (
     CONTINUING_MODES,
     check_mode,
     choose_mode,
-    decoder_is_prompted,
     make_request,
+    takes_decoder_prompt,
 )
 from codet5p_jax.sample_file import open_sample_file
 from codet5p_jax.tasks.problem_files import read_rows
@@ -81,7 +81,8 @@ def generate(
     run_dir: the folder of a trained run, or of a converted model.
     prompts_file: JSON lines or a JSON array, also gzipped; in each row
       `prompt`, and if wanted `prompt_id` (its number, from 0 on, otherwise) and
-      `decoder_prompt` (see `make_request` in generation_requests.py).
+      `decoder_prompt`, what the decoder is made to begin with (see
+      `make_request` in generation_requests.py).
     task: what makes prompts of `problems`.
     problems: a file of the task's problems.
     output: the file of samples.
@@ -140,7 +141,7 @@ def generate(
         'expected no STOP_STRINGS where gaps are filled, whose texts end where '
         'the next gap begins, found some; leave them out'
     )
-  if prompts_file and not decoder_is_prompted(trained, mode):
+  if prompts_file and not takes_decoder_prompt(trained, mode):
     for prompt in given:
       if prompt.decoder_text is not None:
         raise UserError(
@@ -209,7 +210,7 @@ def _gather_prompts(
       raise UserError(
           'expected a prompt, found an empty one; write something in it'
       )
-    return [Prompt(str(i), text, None) for i, text in enumerate(prompts)]
+    return [Prompt(str(i), text) for i, text in enumerate(prompts)]
   if output is None:
     raise UserError(
         'expected a file for the samples, found none; set OUTPUT to one, such '

@@ -71,7 +71,7 @@ class HumanEval:
       code = tabs_for_spaces(code)
     task_id = str(problem['task_id'])
     if not self.instruct:
-      return Prompt(task_id, code, code)
+      return Prompt(task_id, code)
     instruction = _INSTRUCTION.format(description=describe(code))
     # Nothing stands between the two, not even a newline.
     return Prompt(task_id, instruction, instruction + code)

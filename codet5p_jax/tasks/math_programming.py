@@ -55,8 +55,7 @@ class MathProgramming:
     return [row.fields for row in rows]
 
   def prompt(self, problem: Mapping[str, Any]) -> Prompt:
-    source = problem_source(problem)
-    return Prompt(str(problem['task_id']), source, source)
+    return Prompt(str(problem['task_id']), problem_source(problem))
 
   def completion(self, problem: Mapping[str, Any], text: str) -> str:
     """The body of `problem()`."""

@@ -83,7 +83,7 @@ class MBPP:
     text = self._examples + self._docstring(problem)
     if self.indent_with_tabs:
       text = tabs_for_spaces(text)
-    return Prompt(str(problem['task_id']), text, text)
+    return Prompt(str(problem['task_id']), text)
 
   def completion(self, problem: Mapping[str, Any], text: str) -> str:
     """The program."""

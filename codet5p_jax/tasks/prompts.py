@@ -21,14 +21,14 @@ class Prompt:
   Attributes:
     prompt_id: the problem's task id, as text.
     encoder_text: for the encoder.
-    decoder_text: what the decoder continues in models that are given prompts
-      there too (their `prompt_to_decoder`); in others it begins at its start
-      token. None if it always does.
+    decoder_text: what the decoder is made to begin with, and goes on from.
+      None for what suits the mode: the encoder's text where the decoder gets
+      the prompt, and nothing elsewhere.
   """
 
   prompt_id: str
   encoder_text: str
-  decoder_text: str | None
+  decoder_text: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

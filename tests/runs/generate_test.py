@@ -168,10 +168,10 @@ def test_a_prompt_that_the_decoder_would_not_get_is_told(
     run_dir, prompts_file, tmp_path
 ):
   output = str(tmp_path / 'samples.jsonl')
-  with pytest.raises(UserError, match='no decoder_prompt in encoder_decoder'):
-    generate(
-        [], run_dir, prompts_file, output=output, mode='encoder_decoder'
-    )
+  rows = [{'prompt': 'x<extra_id_0>', 'decoder_prompt': 'y'}]
+  pathlib.Path(prompts_file).write_text(json.dumps(rows))
+  with pytest.raises(UserError, match='expected no decoder_prompt in infill'):
+    generate([], run_dir, prompts_file, output=output, mode='infill')
 
 
 def test_a_stopped_command_goes_on_to_the_same_file(

@@ -76,10 +76,10 @@ def released_program(prompt: str, text: str) -> str:
   return shown.replace('\t', ' ' * 4) + text.replace('\t', ' ' * 4)
 
 
-def test_a_prompt_is_given_to_both_sides_with_tabs_for_four_spaces():
+def test_a_prompt_has_tabs_for_four_spaces():
   prompt = HumanEval().prompt(PROBLEM)
-  assert prompt.prompt_id == 'HumanEval/7'
-  assert prompt.encoder_text == prompt.decoder_text == (
+  assert (prompt.prompt_id, prompt.decoder_text) == ('HumanEval/7', None)
+  assert prompt.encoder_text == (
       'from typing import List\n\n\n'
       'def triple(xs: List[int]) -> List[int]:\n'
       '\t""" Three   times {each}\n'
@@ -98,7 +98,7 @@ def test_an_instruction_describes_and_the_decoder_goes_on_with_the_code():
       'Create a Python script for this problem:\nThree times {each} of them.'
       '\n\n### Response:'
   )
-  code = HumanEval().prompt(PROBLEM).decoder_text
+  code = HumanEval().prompt(PROBLEM).encoder_text
   assert prompt.decoder_text == prompt.encoder_text + code
 
 
@@ -125,7 +125,7 @@ def test_every_prompt_is_the_released_one(problems):
   for problem in problems:
     plain, encoder, decoder = released_texts(problem['prompt'])
     prompt = HumanEval().prompt(problem)
-    assert (prompt.encoder_text, prompt.decoder_text) == (plain, plain)
+    assert (prompt.encoder_text, prompt.decoder_text) == (plain, None)
     prompt = INSTRUCT.prompt(problem)
     assert (prompt.encoder_text, prompt.decoder_text) == (encoder, decoder)
 

@@ -16,7 +16,7 @@ from codet5p_jax.tasks.math_programming import (
     program_of_chain,
 )
 from codet5p_jax.tasks.problem_files import Row, read_rows
-from codet5p_jax.tasks.prompts import Prepared
+from codet5p_jax.tasks.prompts import Prepared, Prompt
 
 TASK = MathProgramming()
 
@@ -169,8 +169,7 @@ def test_gsm8k_gives_a_pair_and_a_problem():
   }
   # The model is asked what it was tuned on.
   prompt = TASK.prompt(prepared.problem)
-  assert prompt.prompt_id == 'GSM8K/train/2'
-  assert prompt.encoder_text == prompt.decoder_text == prepared.pair['source']
+  assert prompt == Prompt('GSM8K/train/2', prepared.pair['source'])
 
 
 def test_the_test_of_a_problem_compares_numbers():

@@ -39,7 +39,7 @@ def examples_file(tmp_path, task_ids):
 def test_a_prompt_is_a_docstring_of_task_and_asserts():
   prompt = MBPP().prompt(PROBLEM)
   assert prompt.prompt_id == '601'
-  assert prompt.encoder_text == prompt.decoder_text == DOCSTRING
+  assert (prompt.encoder_text, prompt.decoder_text) == (DOCSTRING, None)
   sanitized = {
       'prompt': 'Add two numbers.', 'task_id': 601, 'test_list': ASSERTS
   }  # fmt: skip
