@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from codet5p_jax.decoding.beam_search import BeamSearch, BeamSearcher
-from codet5p_jax.decoding.prefill import Prompts, decoding_params
+from codet5p_jax.decoding.prefill import Prompts
 from codet5p_jax.decoding.sampler import Sampler, row_keys
 from codet5p_jax.decoding.sampling import Sampling
 from codet5p_jax.decoding.stopping import cut_at_stop, tokens_until_stop
@@ -167,9 +167,7 @@ class Generator:
     self._limits = {r.prompt_id: self._limit(r) for r in requests}
     step = trained.train_step
     model, mesh = step.model, step.mesh
-    self._params = decoding_params(
-        trained.all_params, step.config.computation.dtype
-    )
+    self._params = trained.all_params
     eos_id = trained.vocabulary.task_tokens.eos
     search = settings.beam_search
     if search is None:

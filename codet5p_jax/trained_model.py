@@ -10,6 +10,7 @@ from codet5p_jax.array_typing import Tree
 from codet5p_jax.conversion.init_from import FRESH, plan_initialisation
 from codet5p_jax.conversion.sources import open_source
 from codet5p_jax.data.vocabularies import Vocabulary, load_vocabulary
+from codet5p_jax.decoding.prefill import decoding_params
 from codet5p_jax.errors import UserError
 from codet5p_jax.initialisation import frozen_paths, load_given
 from codet5p_jax.models.computation import Computation
@@ -75,8 +76,8 @@ def load_trained_model(
     init_from: where the weights lie that the run started from and left frozen,
       if they were moved; see conversion/init_from.py. Not looked at where
       nothing is frozen.
-    to_generate: spread the weights as generating needs them, with layers of
-      their own.
+    to_generate: hold the weights as generating needs them: layers of their
+      own, spread for it, in the dtypes of `decoding_params`.
 
   Raises:
     UserError: the folder is none of a run, holds no weights, or is damaged; or
@@ -99,6 +100,10 @@ def load_trained_model(
     params, frozen, step = _from_weights(folder, train_step, init_from, config)
   else:
     params, frozen, step = _from_checkpoint(folder, train_step, init_from)
+  if to_generate:
+    dtype = step_config.computation.dtype
+    params = decoding_params(params, dtype)
+    frozen = decoding_params(frozen, dtype)
   return TrainedModel(
       folder, config, train_step, vocabulary, params, frozen, step
   )
