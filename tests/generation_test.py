@@ -195,6 +195,20 @@ def test_beams_come_best_first_and_the_first_beats_greed(trained):
   ]  # fmt: skip
 
 
+def test_beams_do_not_depend_on_the_mesh(
+    small_corpus, random_parameters, trained
+):
+  search = settings(num_samples=3, beam_search=BeamSearch(3, 0.5))
+  expected, _ = complete(trained, search)
+  spread = make_trained(small_corpus, random_parameters, (1, 2, 4))
+  completions, _ = complete(spread, search)
+  for found, alone in zip(completions, expected, strict=True):
+    assert (found.prompt_id, found.text) == (alone.prompt_id, alone.text)
+    assert found.log_probability == pytest.approx(
+        alone.log_probability, abs=1e-3
+    )
+
+
 def test_a_prompt_of_another_length_is_not_compiled_anew(trained):
   requests = requests_of(trained, ['a', 'b c', 'd e f'])
   generator = Generator(trained, settings(num_samples=1), requests, 1)

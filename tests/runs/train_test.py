@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from codet5p_jax.errors import Preempted, UserError
+from codet5p_jax.generation import Generator
 from codet5p_jax.models.computation import Computation
 from codet5p_jax.models.t5 import T5Config
 from codet5p_jax.objectives.causal_lm import CausalLM
@@ -248,6 +250,41 @@ def test_the_run_folder_is_enough_to_evaluate_and_to_generate(
   capsys.readouterr()
   [made] = generate(['def f():'], str(undisturbed), max_new_tokens=5)
   assert capsys.readouterr().out.startswith('def f():' + made.text)
+
+
+def test_generating_that_was_stopped_ends_with_the_same_samples(
+    undisturbed, tmp_path, monkeypatch
+):
+  prompts = tmp_path / 'prompts.jsonl'
+  texts = ('def f():', 'x', 'class A:', 'import os\n', 'y = 1')
+  prompts.write_text(json.dumps([{'prompt': text} for text in 2 * texts]))
+  complete = Generator.complete
+
+  def run(name, batches):
+    def stop(generator, batch, tell):
+      nonlocal batches
+      if not batches:
+        raise KeyboardInterrupt
+      batches -= 1
+      return complete(generator, batch, tell)
+
+    monkeypatch.setattr(Generator, 'complete', stop)
+    path = tmp_path / name
+    with contextlib.suppress(KeyboardInterrupt):
+      generate(
+          [], str(undisturbed), str(prompts), output=str(path), num_samples=2,
+          temperature=1.0, max_new_tokens=6, batch_size=2, mesh_shape=(1, 4, 2)
+      )  # fmt: skip
+    return path.read_bytes()
+
+  whole = run('whole.jsonl', 9)
+  assert whole.count(b'\n') == 20
+  # The mesh takes four prompts at a time, or more.
+  assert run('parts.jsonl', 1).count(b'\n') == 8
+  parts = run('parts.jsonl', 1)
+  assert parts == b''.join(whole.splitlines(keepends=True)[:16])
+  (tmp_path / 'parts.jsonl').write_bytes(parts[:-7])
+  assert run('parts.jsonl', 9) == whole
 
 
 def test_weights_of_an_unfinished_run_come_from_its_newest_checkpoint(
