@@ -112,9 +112,8 @@ def jax_side(case: Case) -> tuple[Callable[[int], int], dict[str, float]]:
   keys = row_keys(jax.random.key(0), jnp.arange(batch), 0, 1)
 
   def start(count):
-    return sampler.start(
-        params,
-        prompts,
+    return sampler.begin(
+        *sampler.read(params, prompts),
         keys,
         jnp.full(batch, count),
         max_new_tokens=case.new_tokens,

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +123,9 @@ class Completion:
 class Batch:
   """What is generated at once: the same samples of some prompts.
 
+  Where a prompt has more samples than one batch takes, its batches follow one
+  another, and it is read once for all of them.
+
   Attributes:
     requests: the prompts.
     first_sample: number of the first sample of each.
@@ -174,6 +178,7 @@ class Generator:
       calls = -(-settings.num_samples // batch_size)
       self._rows = -(-settings.num_samples // calls)
       self._sampler = _make_sampler(model, settings.sampling, eos_id, mesh)
+      self._reading = None
     else:
       self._rows = search.num_beams
       self._searcher = _make_searcher(model, search, eos_id, mesh)
@@ -292,8 +297,8 @@ class Generator:
         self._rows,
     )
     max_new_tokens = _bucket(int(limits.max()))
-    samples = self._sampler.start(
-        self._params, prompts, keys, limits, max_new_tokens=max_new_tokens
+    samples = self._sampler.begin(
+        *self._read(batch, prompts), keys, limits, max_new_tokens=max_new_tokens
     )
     wanted = [
         prompt * self._rows + sample
@@ -323,6 +328,18 @@ class Generator:
           tokens[row, :count].tolist(), log_probabilities[row, :count].tolist()
       ))
     return rows
+
+  def _read(self, batch: Batch, prompts: Prompts) -> tuple[Any, Any]:
+    """What the model makes of prompts; kept until their last samples."""
+    if self._reading is None or self._reading[0] != batch.requests:
+      self._reading = None  # Before the next is made, lest both are held.
+      self._reading = (
+          batch.requests, self._sampler.read(self._params, prompts)
+      )
+    _, reading = self._reading
+    if batch.first_sample + batch.num_samples == self._settings.num_samples:
+      self._reading = None
+    return reading
 
   def _has_stop(
       self, batch: Batch, tokens: np.ndarray, is_done: np.ndarray

@@ -61,9 +61,9 @@ class GenerationShapes:
 
     Args:
       mesh: on which the model lies.
-      compile_program: is called with "prefill", what reads the prompts and
-        draws the first token of each, and with "token", what draws the others,
-        one after another.
+      compile_program: is called with "prefill", what reads the prompts,
+        "rows", what makes a row of each and draws its first token, and "token",
+        what draws the others, one after another.
 
     Raises:
       UserError: the mesh does not divide the batch.
@@ -105,24 +105,28 @@ class GenerationShapes:
     )
     sampler = Sampler(step.model, Sampling(), self.model.eos_id, mesh)
     key_dtype = jax.eval_shape(lambda: jax.random.key(0)).dtype
-    start = sampler.start.lower(
-        params,
-        prompts,
-        abstract((rows,), key_dtype),
-        abstract((rows,)),
-        max_new_tokens=self.max_new_tokens,
-    )
-    # The second program takes what the first one gives where it lies.
-    compiled = compile_program('prefill', start)
-    samples = jax.tree.map(
-        lambda value, sharding: jax.ShapeDtypeStruct(
-            value.shape, value.dtype, sharding=sharding
+
+    def results(name: str, lowered: jax.stages.Lowered) -> Any:
+      """What a program gives, where it lies: what the next one takes."""
+      return jax.tree.map(
+          lambda value, sharding: jax.ShapeDtypeStruct(
+              value.shape, value.dtype, sharding=sharding
+          ),
+          lowered.out_info,
+          compile_program(name, lowered).output_shardings,
+      )
+
+    reading = results('prefill', sampler.read.lower(params, prompts))
+    samples = results(
+        'rows',
+        sampler.begin.lower(
+            *reading,
+            abstract((rows,), key_dtype),
+            abstract((rows,)),
+            max_new_tokens=self.max_new_tokens,
         ),
-        start.out_info,
-        compiled.output_shardings,
     )
-    token = sampler.go_on.lower(params, samples, abstract(()))
-    compile_program('token', token)
+    compile_program('token', sampler.go_on.lower(params, samples, abstract(())))
 
   def _params(self, state: Any) -> Tree:
     everything = merge_params(state.params, state.frozen_params)

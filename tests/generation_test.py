@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 
 import jax
 import jax.monitoring
@@ -207,6 +208,30 @@ def test_beams_do_not_depend_on_the_mesh(
     assert found.log_probability == pytest.approx(
         alone.log_probability, abs=1e-3
     )
+
+
+def test_a_prompt_is_read_once_for_all_of_its_samples(trained, drawn):
+  requests = requests_of(trained)
+  generator = Generator(trained, settings(), requests, 3)
+  sampler, lengths = generator._sampler, []
+
+  def read(params, prompts):
+    lengths.append(int(prompts.lengths[0]))
+    return sampler.read(params, prompts)
+
+  generator._sampler = types.SimpleNamespace(
+      read=read, begin=sampler.begin, go_on=sampler.go_on
+  )
+  # What was stopped goes on amid a prompt.
+  for batches in (generator.batches, generator.batches[3:]):
+    lengths.clear()
+    for batch in batches:
+      for found in generator.complete(batch):
+        first = 4 * int(found.prompt_id[1:])
+        assert found.text == drawn[0][first + found.sample].text
+    expected = [len(request.target) for request in requests]
+    assert lengths == expected[-len(lengths) :]
+  assert len(generator.batches) == 10 and len(lengths) == 4
 
 
 def test_a_prompt_of_another_length_is_not_compiled_anew(trained):

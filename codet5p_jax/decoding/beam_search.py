@@ -25,6 +25,7 @@ from codet5p_jax.array_typing import Tree
 from codet5p_jax.decoding.prefill import (
     Continuations,
     Prompts,
+    make_rows,
     next_logits,
     read_prompts,
     select_rows,
@@ -143,8 +144,8 @@ class BeamSearcher:
     """
     num_prompts = prompts.lengths.shape[0]
     num_beams = self._search.num_beams
-    continuations, logits = read_prompts(
-        self._model, params, prompts, num_beams, max_new_tokens
+    continuations, logits = make_rows(
+        *read_prompts(self._model, params, prompts), num_beams, max_new_tokens
     )
     shape = (num_prompts, num_beams)
     nothing = jnp.full((*shape, max_new_tokens), -1, jnp.int32)
@@ -163,7 +164,6 @@ class BeamSearcher:
         step=jnp.zeros((), jnp.int32),
     )
     limits = limits[:, None]
-    logits = jnp.repeat(logits, num_beams, axis=0)
     beams = self._advance(beams, logits, limits)
 
     def is_unfinished(beams: Beams) -> Any:

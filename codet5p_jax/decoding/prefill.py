@@ -36,7 +36,7 @@ class Prompts:
 
 @flax.struct.dataclass
 class Continuations:
-  """The rows that grow out of prompts, as many of each.
+  """The rows that grow out of prompts, as many of each; at first one.
 
   Attributes:
     encoder_input_tokens: [prompts, source_length] of the prompts.
@@ -53,8 +53,6 @@ def read_prompts(
     model: nn.Module,
     params: Tree,
     prompts: Prompts,
-    rows_per_prompt: int,
-    max_new_tokens: int,
 ) -> tuple[Continuations, Float[Array, 'prompts vocab']]:
   """Runs encoder and decoder over prompts.
 
@@ -63,11 +61,10 @@ def read_prompts(
       in a loop would be copied with every token.
     params: its parameters, see `decoding_params`.
     prompts: a batch.
-    rows_per_prompt: rows that will grow out of each.
-    max_new_tokens: places to make for each row.
 
   Returns:
-    The rows, and the logits of the first token after each prompt, float32.
+    A row of each, without a place for more, and the logits of the first token
+    after it, float32.
 
   Raises:
     UserError: the model scans its layers.
@@ -92,7 +89,29 @@ def read_prompts(
   rows = jnp.arange(hidden.shape[0])
   last = hidden[rows, prompts.lengths - 1]
   head = model.apply(variables, method='output_head')
-  logits = head.logits(last)
+  continuations = Continuations(
+      prompts.encoder_input_tokens, prompts.lengths, kept['cache']
+  )
+  return continuations, head.logits(last)
+
+
+def make_rows(
+    continuations: Continuations,
+    logits: Float[Array, 'prompts vocab'],
+    rows_per_prompt: int,
+    max_new_tokens: int,
+) -> tuple[Continuations, Float[Array, 'rows vocab']]:
+  """Makes rows of prompts that were read, and places for what they generate.
+
+  Args:
+    continuations: of `read_prompts`.
+    logits: likewise.
+    rows_per_prompt: rows that grow out of each, one after the other.
+    max_new_tokens: places to make for each row.
+
+  Returns:
+    The rows, and the logits of the first token of each.
+  """
 
   def grow(path, array):
     if not _is_own(path):
@@ -100,12 +119,11 @@ def read_prompts(
     array = jnp.repeat(array, rows_per_prompt, axis=0)
     return jnp.pad(array, ((0, 0), (0, 0), (0, max_new_tokens), (0, 0)))
 
-  continuations = Continuations(
-      prompts.encoder_input_tokens,
-      jnp.repeat(prompts.lengths, rows_per_prompt),
-      jax.tree_util.tree_map_with_path(grow, kept['cache']),
+  continuations = continuations.replace(
+      prompt_lengths=jnp.repeat(continuations.prompt_lengths, rows_per_prompt),
+      cache=jax.tree_util.tree_map_with_path(grow, continuations.cache),
   )
-  return continuations, logits
+  return continuations, jnp.repeat(logits, rows_per_prompt, axis=0)
 
 
 def select_rows(cache: Tree, rows: Int[Array, 'rows']) -> Tree:
@@ -135,12 +153,12 @@ def next_logits(
   """Feeds each row's newest token back; returns the logits of its next one.
 
   Args:
-    model: as `read_prompts`.
+    model: as in `read_prompts`.
     params: its parameters.
     continuations: the rows.
     tokens: the newest of each.
     step: its number, 0 for the first one generated.
-    max_new_tokens: as in `read_prompts`.
+    max_new_tokens: as in `make_rows`.
   """
   [cache_length] = {
       array.shape[2]

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Integer, Key
 from codet5p_jax.array_typing import PRNGKey, Tree
 from codet5p_jax.decoding.prefill import (
     Continuations,
-    Prompts,
+    make_rows,
     next_logits,
     read_prompts,
 )
@@ -50,7 +50,10 @@ class Samples:
 
 
 class Sampler:
-  """The two programs of sampling, compiled once for every shape of batch.
+  """The programs of sampling, compiled once for every shape of batch.
+
+  `read` reads prompts, once however many rows will be made of them, `begin`
+  makes rows and draws the first token of each, `go_on` draws the others.
 
   Args:
     model: with layers of their own.
@@ -68,45 +71,45 @@ class Sampler:
   ):
     self._model, self._sampling, self._eos_id = model, sampling, eos_id
     within = functools.partial(sharding_activations, mesh, DECODING_RULES)
-    self.start = jax.jit(
-        within(self._start), static_argnames=('max_new_tokens',)
+    self.read = jax.jit(within(functools.partial(read_prompts, model)))
+    self.begin = jax.jit(
+        within(self._begin), static_argnames=('max_new_tokens',)
     )
     self.go_on = jax.jit(within(self._go_on), donate_argnames=('samples',))
 
-  def _start(
+  def _begin(
       self,
-      params: Tree,
-      prompts: Prompts,
+      continuations: Continuations,
+      logits: Float[Array, 'prompts vocab'],
       keys: Key[Array, 'rows'],
       limits: Int[Array, 'prompts'],
       max_new_tokens: int,
   ) -> Samples:
-    """Reads prompts; draws the first token of each row.
+    """Makes rows of prompts that were read; draws the first token of each.
 
     Args:
-      params: see `decoding_params`.
-      prompts: a batch; each gets as many rows, one after the other.
-      keys: of each row; see `row_keys`.
+      continuations: of `read`.
+      logits: likewise.
+      keys: of each row, as many of each prompt, one after the other; see
+        `row_keys`.
       limits: tokens that each prompt's rows may have, at least one.
       max_new_tokens: places to make for them.
     """
     rows = keys.shape[0]
-    num_prompts = prompts.lengths.shape[0]
-    continuations, logits = read_prompts(
-        self._model, params, prompts, rows // num_prompts, max_new_tokens
+    rows_per_prompt = rows // limits.shape[0]
+    continuations, logits = make_rows(
+        continuations, logits, rows_per_prompt, max_new_tokens
     )
     samples = Samples(
         continuations=continuations,
         keys=keys,
         tokens=jnp.full((rows, max_new_tokens), -1, jnp.int32),
         log_probabilities=jnp.zeros((rows, max_new_tokens), jnp.float32),
-        limits=jnp.repeat(limits, rows // num_prompts),
+        limits=jnp.repeat(limits, rows_per_prompt),
         is_done=jnp.zeros(rows, bool),
         step=jnp.zeros((), jnp.int32),
     )
-    return self._append(
-        samples, jnp.repeat(logits, rows // num_prompts, axis=0)
-    )
+    return self._append(samples, logits)
 
   def _go_on(
       self, params: Tree, samples: Samples, until: Int[Array, '']
@@ -114,7 +117,7 @@ class Sampler:
     """Draws until rows have `until` tokens, or all have ended.
 
     Args:
-      params: as in `start`.
+      params: those that the prompts were read with.
       samples: as they are; given up.
       until: at most `max_new_tokens`.
     """

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from codet5p_jax.decoding.prefill import (
     Prompts,
     decoding_params,
+    make_rows,
     next_logits,
     read_prompts,
     select_rows,
@@ -107,7 +108,7 @@ def make_programs(model, mesh=None):
   """Compiled, what reads prompts, and what takes a token more."""
 
   def start(params, prompts):
-    return read_prompts(model, params, prompts, SAMPLES, STEPS)
+    return make_rows(*read_prompts(model, params, prompts), SAMPLES, STEPS)
 
   def go_on(params, rows, tokens, step):
     return next_logits(model, params, rows, tokens, step, STEPS)
@@ -132,7 +133,7 @@ def cached(programs, params, prompts, generated):
 def run_cached(programs, params, prompts, generated):
   start, go_on = programs
   rows, logits = start(params, prompts)
-  found = [np.repeat(logits, SAMPLES, axis=0)]
+  found = [logits]
   for step in range(STEPS - 1):
     rows, logits = go_on(
         params, rows, jnp.asarray(generated[:, step]), jnp.int32(step)
@@ -216,4 +217,4 @@ def test_casting_first_changes_no_logit(config, params, prompts, generated):
 def test_a_model_that_scans_its_layers_is_refused(config, params, prompts):
   model = config.make_model(dataclasses.replace(COMPUTATION, scan_layers=True))
   with pytest.raises(UserError, match='scan_layers=False'):
-    read_prompts(model, params, prompts, SAMPLES, STEPS)
+    read_prompts(model, params, prompts)

@@ -41,8 +41,8 @@ def hot():
 
 
 def draw(sampler, params, prompts, keys, limits=LIMITS, chunk=PLACES):
-  samples = sampler.start(
-      params, prompts, keys, limits, max_new_tokens=PLACES
+  samples = sampler.begin(
+      *sampler.read(params, prompts), keys, limits, max_new_tokens=PLACES
   )
   for until in range(chunk, PLACES + chunk, chunk):
     samples = sampler.go_on(params, samples, min(until, PLACES))

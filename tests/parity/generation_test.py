@@ -104,8 +104,11 @@ def test_greedy_decoding_is_that_of_transformers(
   keys = row_keys(jax.random.key(0), jnp.arange(len(sources)), 0, 1)
   limits = np.full(len(sources), MAX_NEW_TOKENS)
   weights = unroll(params)
-  samples = sampler.start(
-      weights, prompts, keys, limits, max_new_tokens=MAX_NEW_TOKENS
+  samples = sampler.begin(
+      *sampler.read(weights, prompts),
+      keys,
+      limits,
+      max_new_tokens=MAX_NEW_TOKENS,
   )
   samples = sampler.go_on(weights, samples, MAX_NEW_TOKENS)
   found = [[t for t in row if t >= 0] for row in samples.tokens.tolist()]

@@ -249,22 +249,25 @@ def test_other_faults_of_the_compiler_are_not_blamed_on_memory():
 
 
 @needs_compiler
-def test_both_programs_that_generate_are_planned(tmp_path, capsys):
+def test_all_programs_that_generate_are_planned(tmp_path, capsys):
   report = tmp_path / 'report.json'
   shapes = GenerationShapes(
       CONFIG.model, batch_size=4, prompt_length=24, max_new_tokens=16
   )
   result = precompile('v5e:1x1', generation=shapes, report=str(report))
   assert json.loads(report.read_text()) == result
-  prefill, token = result['steps']['prefill'], result['steps']['token']
+  prefill, rows, token = (
+      result['steps'][name] for name in ('prefill', 'rows', 'token')
+  )
   # The cache is handed on and, being given up, not there twice.
   assert token['argument_bytes_per_device'] > (
       prefill['argument_bytes_per_device']
   )
   cache = 2 * 2 * 4 * (24 + 16) * CONFIG.model.emb_dim  # Keys and values.
   assert token['aliased_bytes_per_device'] > cache
+  assert rows['output_bytes_per_device'] > cache
   assert result['peak_hbm_bytes_per_chip'] == max(
-      prefill['peak_hbm_bytes_per_chip'], token['peak_hbm_bytes_per_chip']
+      step['peak_hbm_bytes_per_chip'] for step in (prefill, rows, token)
   )
   shown = capsys.readouterr().out
   assert 'prefill on v5e:1x1' in shown and 'token on v5e:1x1' in shown
