@@ -12,6 +12,7 @@ from typing import Any
 from codet5p_jax.errors import UserError
 from codet5p_jax.tasks import problem_files
 from codet5p_jax.tasks.prompts import (
+    INDENTATION,
     Prompt,
     check_stop_strings,
     cut_at_stop_strings,
@@ -38,6 +39,9 @@ class HumanEval:
     indent_with_tabs: whether the model is shown tabs for four spaces, as the
       released ones were; what it writes gets its spaces back.
     stop_strings: each ends what a model wrote.
+    write_tests: whether the model is asked for tests of the problem instead of
+      its solution, as CodeT asks: what it writes then are the `tests` of
+      `codet5p score codet` (spec 7.1).
   """
 
   instruct: bool = False
@@ -45,6 +49,7 @@ class HumanEval:
   stop_strings: Sequence[str] = (
       '\nclass', '\ndef', '\n#', '\nif', '\nprint'
   )  # fmt: skip
+  write_tests: bool = False
 
   def __post_init__(self):
     check_stop_strings(self.stop_strings)
@@ -67,6 +72,8 @@ class HumanEval:
 
   def prompt(self, problem: Mapping[str, Any]) -> Prompt:
     code = problem['prompt']
+    if self.write_tests:
+      code = ask_for_tests(code)
     if self.indent_with_tabs:
       code = tabs_for_spaces(code)
     task_id = str(problem['task_id'])
@@ -81,6 +88,45 @@ class HumanEval:
     del problem
     text = cut_at_stop_strings(text, self.stop_strings)
     return spaces_for_tabs(text) if self.indent_with_tabs else text
+
+
+def ask_for_tests(code: str) -> str:
+  '''A prompt that an assertion about its last function follows.
+
+  Without the examples, which are tests already: the docstring ends before the
+  first that is announced or calls the function.
+
+  >>> print(ask_for_tests("""def f(x):
+  ...     \'\'\'Twice x.
+  ...     >>> f(1)
+  ...     2
+  ...     \'\'\'
+  ... """))
+  def f(x):
+      \'\'\'Twice x.
+      \'\'\'
+      pass
+  <BLANKLINE>
+  # check the correctness of f
+  assert
+  '''
+  begin, name = 0, ''
+  for function in re.finditer(r'^def (\w+)', code, re.MULTILINE):
+    begin, name = function.start(), function[1]
+  docstring = re.compile(r'("""|\'\'\')(.*?)\1', re.DOTALL).search(code, begin)
+  if docstring:
+    quotes, text = docstring.groups()
+    example = re.search(
+        rf'>>>|(\bfor\s+)?\bexamples?\b|\b{name}\(', text, re.IGNORECASE
+    )
+    if example:
+      text = text[: example.start()].rstrip()
+    end = '' if '\n' not in docstring[2] else f'\n{INDENTATION}'
+    code = code[: docstring.start()] + quotes + text.rstrip() + end + quotes
+  return (
+      f'{code.rstrip()}\n{INDENTATION}pass\n\n'
+      f'# check the correctness of {name}\nassert '
+  )
 
 
 def describe(code: str) -> str:

@@ -1,3 +1,4 @@
+import ast
 import json
 import os
 import pathlib
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import strategies as st
 
 from codet5p_jax.errors import UserError
-from codet5p_jax.tasks.humaneval import HumanEval
+from codet5p_jax.tasks.humaneval import HumanEval, ask_for_tests
 from codet5p_jax.tasks.problem_files import read_rows
 
 INSTRUCT = HumanEval(instruct=True)
@@ -100,6 +101,42 @@ def test_an_instruction_describes_and_the_decoder_goes_on_with_the_code():
   )
   code = HumanEval().prompt(PROBLEM).encoder_text
   assert prompt.decoder_text == prompt.encoder_text + code
+
+
+def test_tests_are_asked_for_without_examples():
+  asked = HumanEval(write_tests=True).prompt(PROBLEM)
+  assert asked.encoder_text == (
+      'from typing import List\n\n\n'
+      'def triple(xs: List[int]) -> List[int]:\n'
+      '\t""" Three   times {each}\n'
+      '\t  of them.\n'
+      '\t"""\n'
+      '\tpass\n\n'
+      '# check the correctness of triple\nassert '
+  )
+  for docstring, kept in (
+      ("'''Ten.'''", "'''Ten.'''"),
+      ('"""Ten, for example f() == 10."""', '"""Ten,"""'),
+      ('"""Ten.\n    f() == 10\n    """', '"""Ten.\n    """'),
+      ('# No docstring.', '# No docstring.'),
+  ):
+    code = f'def g():\n    return 1\n\ndef f():\n    {docstring}\n'
+    assert ask_for_tests(code) == (
+        f'def g():\n    return 1\n\ndef f():\n    {kept}\n    pass\n\n'
+        '# check the correctness of f\nassert '
+    )
+
+
+def test_no_problem_tells_its_tests_where_they_are_asked_for(problems):
+  for problem in problems:
+    before, _, _ = ask_for_tests(problem['prompt']).rpartition('assert ')
+    *_, function = ast.parse(before).body
+    assert before.count(f'{function.name}(') == 1
+    assert '>>>' not in before
+    assert before.endswith(f'    pass\n\n# check the correctness of '
+                           f'{function.name}\n')
+    if 'entry_point' in problem:
+      assert function.name == problem['entry_point']
 
 
 def test_without_tabs_texts_stay_as_they_are():
