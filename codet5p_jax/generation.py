@@ -404,7 +404,9 @@ class Generator:
 
 def prompt_number(prompt_id: str) -> int:
   """A number of 32 bits that tells a prompt from others."""
-  return int.from_bytes(hashlib.sha256(prompt_id.encode()).digest()[:4], 'big')
+  # JSON may name a prompt by half of a surrogate pair.
+  name = prompt_id.encode(errors='surrogatepass')
+  return int.from_bytes(hashlib.sha256(name).digest()[:4], 'big')
 
 
 def _bucket(length: int) -> int:
