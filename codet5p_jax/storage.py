@@ -53,6 +53,37 @@ def local_path(path: str | os.PathLike) -> Path:
   return Path(os.path.abspath(os.path.expanduser(path)))
 
 
+def check_output(path: Path, *inputs: str | None) -> None:
+  """Checks what a file is to be written to, before the work that fills it.
+
+  Args:
+    path: the file.
+    *inputs: paths of files that are read, some of which may not be given.
+
+  Raises:
+    UserError: it is a folder or one of the inputs, or its folder cannot be
+      written.
+  """
+  advice = 'set --output to another file'
+  if path.is_dir():
+    raise UserError(
+        f'expected a file to write, found the folder {path}; {advice}'
+    )
+  for given in inputs:
+    if given and path.exists() and os.path.exists(given):
+      if path.samefile(given):
+        raise UserError(
+            f'expected another file to write than those that are read, found '
+            f'{given} for both; {advice}'
+        )
+  folder = next(folder for folder in path.parents if folder.exists())
+  if not folder.is_dir() or not os.access(folder, os.W_OK):
+    raise StorageFault(
+        f'cannot write {path}: {folder} is no folder that you may write to; '
+        f'{advice}'
+    )
+
+
 def storage_fault(error: BaseException | None) -> str | None:
   """Names what is wrong with the disk or folder, if that caused the error.
 

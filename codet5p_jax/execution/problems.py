@@ -125,10 +125,17 @@ def to_problem(row: Row) -> Problem:
 def _entry_point(row: Row) -> str:
   """The function under test; HumanEval-X has it in its declaration alone."""
   if 'entry_point' in row.fields or 'declaration' not in row.fields:
-    return row.text('entry_point')
-  declaration = row.text('declaration')
-  # The last function, as helpers stand before it.
-  return declaration.rpartition('def ')[2].partition('(')[0].strip()
+    name = row.text('entry_point')
+  else:
+    # The last function, as helpers stand before it.
+    declared = row.text('declaration').rpartition('def ')[2]
+    name = declared.partition('(')[0].strip()
+  if not name.isidentifier():
+    raise UserError(
+        f'expected the name of a function under test in {row.place}, found '
+        f'{name!r:.60}; mend or remove the row'
+    )
+  return name
 
 
 def _calls_check(tests: str) -> bool:
@@ -143,12 +150,21 @@ def _calls_check(tests: str) -> bool:
 
 
 def _of_mbpp(task_id: str, row: Row) -> Problem:
-  imports = row.fields.get('test_imports') or []
-  tests = '\n'.join([*imports, *row.field('test_list', list)])
-  setup = row.fields.get('test_setup_code') or ''
+  asserts = row.texts('test_list')
+  if not asserts:
+    raise UserError(
+        f'expected asserts as test_list in {row.place}, found none, which '
+        f'every program would pass; mend or remove the row'
+    )
+  imports = row.texts('test_imports') if 'test_imports' in row.fields else []
+  tests = '\n'.join([*imports, *asserts])
+  setup, code = (
+      row.text(name) if name in row.fields else ''
+      for name in ('test_setup_code', 'code')
+  )
   # What the reference defines and the tests name, such as a function `sum`; the
   # tests' own name for it would be Python's.
-  tested = _names(tests.split('\n')) & _definitions(row.fields.get('code', ''))
+  tested = _names(tests.split('\n')) & _definitions(code)
   return Problem(task_id, '', tests, tuple(sorted(tested)), setup)
 
 

@@ -3,7 +3,7 @@
 import json
 
 from codet5p_jax.errors import UserError
-from codet5p_jax.storage import local_path
+from codet5p_jax.storage import check_output, local_path
 from codet5p_jax.tasks.by_name import make_task
 from codet5p_jax.tasks.problem_files import Row, read_rows
 from codet5p_jax.training.run_folder import write_result
@@ -32,6 +32,8 @@ def postprocess(
     UserError: a file is not what it should be; nothing is written then.
   """
   made = make_task(task, task_fields)
+  path = local_path(output)
+  check_output(path, problems, samples)
   problem_of = {str(p['task_id']): p for p in made.read_problems(problems)}
   first: dict[tuple[str, int], Row] = {}
   lines = []
@@ -54,7 +56,7 @@ def postprocess(
     fields = {k: v for k, v in row.fields.items() if k != 'prompt_id'}
     fields['completion'] = made.completion(problem, row.text('completion'))
     lines.append(json.dumps({'task_id': problem['task_id'], **fields}) + '\n')
-  write_result(local_path(output), ''.join(lines))
+  write_result(path, ''.join(lines))
   answered = len({prompt_id for prompt_id, _ in first})
   print(
       f'{output}: {len(lines):,} samples of {answered:,} of '

@@ -26,10 +26,12 @@ from codet5p_jax.execution.sandbox import (
     Sandbox,
 )
 from codet5p_jax.metrics import codet, pass_at_k
-from codet5p_jax.storage import local_path
+from codet5p_jax.storage import check_output, local_path
 from codet5p_jax.training.run_folder import write_result
 
 _logger = logging.getLogger(__name__)
+
+_DAY = 86_400
 
 
 def score(
@@ -95,6 +97,7 @@ def score(
     if name not in given:
       raise UserError(f'{metric} needs --{name}; give --{name}=value')
   path = local_path(given.pop('output'))
+  check_output(path, problems, samples, tests)
   result = METRICS[metric](**given)
   write_result(path, {'metric': metric, **result})
   _logger.info('Wrote %s.', path)
@@ -191,10 +194,10 @@ METRICS: dict[str, Callable[..., dict[str, Any]]] = {
 
 def _require_seconds(**seconds: int | float) -> None:
   for name, value in seconds.items():
-    if not 0 < value < float('inf'):
+    if not 0 < value <= _DAY:
       raise UserError(
-          f'expected {name} of more than 0 seconds, found {value}; give a '
-          f'larger one'
+          f'expected {name} of more than 0 seconds and at most a day, found '
+          f'{value}; give another'
       )
 
 
@@ -237,6 +240,7 @@ def _sandbox(kind: str, workers: int | None, is_allowed: bool) -> Sandbox:
     _logger.warning(
         'Without a sandbox: what the model wrote runs with all your rights, '
         'and only its time and memory are bounded.')
+  require_positive(workers=workers)
   return Sandbox(kind, workers or len(os.sched_getaffinity(0)))
 
 

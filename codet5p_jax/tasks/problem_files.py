@@ -49,6 +49,16 @@ class Row:
     """A text; see `field`."""
     return self.field(name, str)
 
+  def texts(self, name: str) -> list[str]:
+    """A list of texts; see `field`."""
+    values = self.field(name, list)
+    if not all(isinstance(value, str) for value in values):
+      raise UserError(
+          f'expected a list of texts as {name} in {self.place}, found '
+          f'{values!r:.60}; mend or remove the row'
+      )
+    return values
+
 
 _KINDS = {
     str: 'a text', int: 'a whole number', float: 'a number', list: 'a list',

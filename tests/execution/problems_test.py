@@ -91,6 +91,13 @@ def test_sources_that_do_not_parse_test_no_names(write):
     ([{'task_id': 'a', 'entry_point': 'f', 'test': ''}], 'field prompt'),
     ([{'prompt': ''}], 'field task_id'),
     ([{**_MBPP, 'test_list': 'x'}], 'field test_list'),
+    ([{**_MBPP, 'test_list': []}], 'asserts as test_list .* found none'),
+    ([{**_MBPP, 'test_list': [1]}], 'list of texts as test_list'),
+    ([{**_SANITIZED, 'test_imports': 'import math'}], 'field test_imports'),
+    ([{**_MBPP, 'test_setup_code': 3}], 'field test_setup_code'),
+    ([{**_MBPP, 'code': None}], 'field code'),
+    ([{**_HUMANEVAL, 'entry_point': ''}], "under test in row 1 .*, found ''"),
+    ([{**_HUMANEVAL_X, 'declaration': 'x = 1'}], "found 'x = 1'"),
     ([_HUMANEVAL, _MBPP, _HUMANEVAL], 'HumanEval/0 in rows 1 and 3'),
 ])  # fmt: skip
 def test_problems_that_are_none_are_named(rows, message, write):

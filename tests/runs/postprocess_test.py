@@ -103,6 +103,13 @@ def test_bad_input_is_one_clear_line_and_writes_nothing(
   assert not (tmp_path / 'new').exists()
 
 
+def test_samples_are_not_replaced_by_what_is_made_of_them(files):
+  before = read(files['samples'])
+  with pytest.raises(UserError, match='expected another file to write than'):
+    postprocess('humaneval', **{**files, 'output': files['samples']})
+  assert read(files['samples']) == before
+
+
 def test_a_row_that_is_no_json_is_named(files):
   with open(files['samples'], 'a') as file:
     file.writelines(['\n'] * 13 + ['{"prompt_id": "H/0", "sam\n'])

@@ -155,6 +155,11 @@ def test_without_a_sandbox_only_if_spelled_out_and_with_a_warning(
     (('--tests=x',), {}, 'pass_at_k takes no --tests'),
     (('--sandbox=docker',), {}, 'bubblewrap or none'),
     (('--timeout=0',), {}, 'timeout'),
+    (('--timeout=86401',), {}, 'at most a day, found 86401'),
+    (('--workers=0',), {}, 'workers to be at least 1, found 0'),
+    (('--output=.',), {}, 'expected a file to write, found the folder'),
+    (('--output=./samples.jsonl',), {}, 'found samples.jsonl for both'),
+    (('--output=problems.jsonl/x',), {}, 'problems.jsonl is no folder that'),
     ((), {'samples': '{"task_id": "T/0", "completion": ""}\n{'},
      'JSON in row 2 of samples.jsonl'),
     ((), {'samples': ''}, 'rows in samples.jsonl'),
@@ -163,7 +168,7 @@ def test_without_a_sandbox_only_if_spelled_out_and_with_a_warning(
 ])  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line(flags, rows, said, score):
   if flags != () or rows:
-    flags = (*flags, *_ALLOWED)
+    flags = (*_ALLOWED, *flags)
   if not any(flag.startswith('--k=') for flag in flags):
     flags = (*flags, '--k=1')
   status, result, error = score('pass_at_k', *flags, **rows)

@@ -145,7 +145,7 @@ def test_fields_that_make_no_sense_are_one_clear_line(fields, expected):
     [
         ({'text': 3}, r'the field text, a text, in row 1 of .*text = 3'),
         ({'test_list': 'assert'}, 'the field test_list, a list'),
-        ({'test_list': ['a', 2]}, "the asserts as texts in row 1 .*'a', 2"),
+        ({'test_list': ['a', 2]}, "texts as test_list in row 1 .*'a', 2"),
     ],
 )
 def test_a_row_that_is_no_problem_is_one_clear_line(
