@@ -73,13 +73,19 @@ lint: .venv/tests-installed-$(VERSION)
 
 # Every shipped step for the TPU topologies it is meant for; no TPU needed.
 # Those of the composite also keep a bound of memory: topology, model, batch,
-# dtype of the frozen part, and GB a chip.
+# dtype of the frozen part, and GB a chip; what generates without the dtype.
 COMPOSITE_PEAKS := \
   v5e:1x1,deep_2b,4,bfloat16,11.5 \
   v6e:1x1,deep_6b,4,bfloat16,20.6 \
   v5e:2x4,deep_16b,16,bfloat16,6.1 \
   v6e:1x1,deep_16b,2,int8,24.0 \
   v5e:1x1,deep_6b,4,int8,13.9
+GENERATION_PEAKS := \
+  v5e:2x4,deep_2b,32,4.4 \
+  v5e:2x4,deep_6b,32,7.0 \
+  v5e:2x4,deep_16b,32,12.2 \
+  v6e:2x4,deep_16b,32,12.3 \
+  v5e:2x4,deep_16b,1,5.5
 
 precompile-all: .venv/tests-installed-$(VERSION)
 	for model in t5_60m t5_220m t5_770m; do \
@@ -95,6 +101,13 @@ precompile-all: .venv/tests-installed-$(VERSION)
 	    --gin_file=models/$$model.gin --gin_file=runs/finetune.gin \
 	    TOPOLOGY=$$topology BATCH_SIZE=$$batch FROZEN_DTYPE=$$dtype \
 	    MAX_PEAK_HBM_GB=$$gigabytes || exit 1; \
+	done
+	for peak in $(GENERATION_PEAKS); do \
+	  IFS=, read topology model batch gigabytes <<< $$peak; \
+	  JAX_PLATFORMS=cpu $(CODET5P) precompile \
+	    --gin_file=models/$$model.gin \
+	    --gin_file=runs/precompile_generation.gin TOPOLOGY=$$topology \
+	    BATCH_SIZE=$$batch MAX_PEAK_HBM_GB=$$gigabytes || exit 1; \
 	done
 
 benchmark: .venv/tests-installed-$(VERSION)
