@@ -16,6 +16,10 @@ _WRONG = '''
 def add(a, b):
   return None
 '''
+_RIGHT = '''
+def add(a, b):
+  return a + b
+'''
 
 FAKES = {
     'exits early': 'import sys; sys.exit(0)',
@@ -413,6 +417,34 @@ import os
 os.chmod(os.__file__, 0o777)
 open(os.__file__, 'a')
 ''',
+    'changes the modes of devices': '''
+import os
+for name in ('null', 'zero', 'random', 'urandom'):
+  os.chmod(f'/dev/{name}', os.stat(f'/dev/{name}').st_mode & 0o777)
+''' + _RIGHT,
+    'changes the modes of open devices': '''
+import os
+os.fchmod(os.open('/dev/null', os.O_RDWR), 0o666)
+''' + _RIGHT,
+    'changes the times of devices': '''
+import os
+for name in ('null', 'zero', 'random', 'urandom'):
+  os.utime(f'/dev/{name}', ns=(0, os.stat(f'/dev/{name}').st_mtime_ns))
+''' + _RIGHT,
+    'changes the owners of devices': '''
+import os
+for name in ('null', 'zero', 'random', 'urandom'):
+  os.chown(f'/dev/{name}', os.getuid(), os.getgid())
+''' + _RIGHT,
+    'writes notes to devices': '''
+import os
+for name in ('null', 'zero', 'random', 'urandom'):
+  os.setxattr(f'/dev/{name}', 'trusted.note', b'hostile')
+''' + _RIGHT,
+    'keeps the next from its folder': '''
+import os
+os.chmod('/tmp', 0o500)
+''' + _RIGHT,
     'removes all': '''
 import shutil
 def fail(*a):

@@ -41,6 +41,18 @@ _AT_REST = 3
 _AT_MOST = 4
 
 
+# Passes where a program is free to use an empty folder.
+_NEXT_ONE = '''
+import os
+before = os.listdir()
+with open('held', 'w') as file:
+  file.write('held')
+os.remove('held')
+def add(a, b):
+  return before or a + b
+'''
+
+
 def processes():
   """The processes of this test's sandboxes, seen from outside."""
   marker = f'"file_bytes": {LIMITS.file_bytes}'.encode()
@@ -52,6 +64,14 @@ def processes():
     except OSError:
       pass
   return found
+
+
+def told_of_devices():
+  """What this machine says of the devices that programs see."""
+  told = [os.stat(f'/dev/{name}')
+          for name in ('null', 'zero', 'random', 'urandom')]  # fmt: skip
+  return [(of.st_mode, of.st_uid, of.st_gid, of.st_mtime_ns, of.st_ctime_ns)
+          for of in told]  # fmt: skip
 
 
 def statuses(outcomes):
@@ -155,17 +175,33 @@ def test_a_hostile_program_gets_nothing(name, run):
   source = {**FAKES, **ATTACKS}[name]
   victim = Path('/tmp') / f'victim_of_{os.getpid()}'
   victim.write_text('untouched')
+  devices = told_of_devices()
   try:
     (outcome,) = run(source, _SUMS, tested=('add',), seconds=0.4)
     assert outcome.status in (FAILED, TIMED_OUT, CRASHED)
     assert victim.read_text() == 'untouched'
   finally:
     victim.unlink()
+  assert told_of_devices() == devices
   assert not Path('/hostile').exists() and not Path('/tmp/sparse').exists()
   # It is gone, with all that it began, and the next one finds a clean place.
-  next_one = 'import os\ndef add(a, b):\n  return os.listdir() or a + b'
-  assert statuses(run(next_one, _SUMS, tested=('add',))) == [PASSED]
+  assert statuses(run(_NEXT_ONE, _SUMS, tested=('add',))) == [PASSED]
   assert _AT_REST <= len(processes()) <= _AT_MOST
+
+
+def test_files_for_a_while_can_be_made_and_copied(run):
+  source = '''
+import shutil, tempfile
+def f():
+  with tempfile.TemporaryDirectory() as folder:
+    with tempfile.NamedTemporaryFile('w', dir=folder) as file:
+      file.write('held')
+      file.flush()
+      copy = shutil.copyfile(file.name, f'{folder}/copy')
+      with open(copy) as copied:
+        return copied.read()
+'''
+  assert statuses(run(source, 'assert f() == "held"')) == [PASSED]
 
 
 def test_what_equals_everything_passes_as_it_does_in_one_process(run):

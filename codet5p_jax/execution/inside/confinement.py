@@ -53,6 +53,16 @@ _DENIED = {
     'modify_ldt': (154, None), 'iopl': (172, None), 'ioperm': (173, None),
     'lookup_dcookie': (212, 18), 'uselib': (134, None),
     'mknod': (133, None), 'mknodat': (259, 33),
+    # What is said of a file. Where root starts the sandbox, its devices are the
+    # machine's, and its /tmp belongs to the next program too. No error has
+    # shutil.copy() go on, which ends with chmod; copyfile() and tempfile do not
+    # need it. Those newer than the filter, such as fchmodat2, are absent.
+    'chmod': (90, None), 'fchmod': (91, 52), 'fchmodat': (268, 53),
+    'chown': (92, None), 'fchown': (93, 55), 'lchown': (94, None),
+    'fchownat': (260, 54), 'utime': (132, None), 'utimes': (235, None),
+    'futimesat': (261, None), 'utimensat': (280, 88), 'setxattr': (188, 5),
+    'lsetxattr': (189, 6), 'fsetxattr': (190, 7), 'removexattr': (197, 14),
+    'lremovexattr': (198, 15), 'fremovexattr': (199, 16),
     # The machine.
     'reboot': (169, 142), 'kexec_load': (246, 104),
     'kexec_file_load': (320, 294), 'init_module': (175, 105),
@@ -96,11 +106,12 @@ _ARCHITECTURES = {
     'aarch64': _Architecture(1, 0xC00000B7, 220, 129, 131, 261, 25, 29),
 }
 
-# Commands that have the kernel send signals to processes of one's choice, or
-# put characters into a terminal.
+# Commands that have the kernel send signals to processes of one's choice, put
+# characters into a terminal, or change flags of a file.
 _FCNTL_DENIED = (8, 10, 15)  # F_SETOWN, F_SETSIG, F_SETOWN_EX
-_IOCTL_DENIED = (0x5412, 0x5452, 0x8901, 0x8902)
-# TIOCSTI, FIOASYNC, FIOSETOWN, SIOCSPGRP
+_IOCTL_DENIED = (
+    0x5412, 0x5452, 0x8901, 0x8902,  # TIOCSTI, FIOASYNC, FIOSETOWN, SIOCSPGRP
+    0x40086602, 0x401C5820)  # FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR # fmt: skip
 
 _ALLOW = 0x7FFF0000
 _ERROR = 0x00050000

@@ -63,6 +63,9 @@ def decide_by(program, architecture, number, *arguments):
     (302, (1, 7), _REFUSED), (72, (3, 3), _ALLOWED), (72, (3, 8), _REFUSED),
     (72, (3, 10), _REFUSED), (72, (3, 15), _REFUSED), (16, (0, 1), _ALLOWED),
     (16, (0, 0x5412), _REFUSED), (16, (3, 0x8901), _REFUSED),
+    (16, (3, 0x40086602), _REFUSED), (90, (), _REFUSED), (260, (), _REFUSED),
+    (280, (), _REFUSED), (189, (), _REFUSED), (191, (), _ALLOWED),  # getxattr
+    (452, (), _ABSENT), (463, (), _ABSENT), (469, (), _ABSENT),
     (0x40000000, (), _KILLED), (0x40000039, (), _KILLED), (-1, (), _KILLED),
 ])  # fmt: skip
 def test_the_filter_decides_on_x86_64(number, arguments, expected):
@@ -76,6 +79,8 @@ def test_the_filter_decides_on_x86_64(number, arguments, expected):
     (129, (1, 9), _REFUSED), (131, (1, 1, 9), _REFUSED),
     (261, (0, 7), _ALLOWED), (261, (1, 7), _REFUSED), (25, (3, 8), _REFUSED),
     (29, (3, 0x5452), _REFUSED), (57, (), _ALLOWED), (279, (), _REFUSED),
+    (52, (), _REFUSED), (53, (), _REFUSED), (88, (), _REFUSED),
+    (5, (), _REFUSED), (8, (), _ALLOWED),  # getxattr
 ])  # fmt: skip
 def test_the_filter_decides_on_aarch64(number, arguments, expected):
   assert decide('aarch64', _ARM, number, *arguments) == expected
