@@ -62,7 +62,8 @@ def sandbox_command(
   command += ['--ro-bind', str(_INSIDE), f'{_WHERE}/{_INSIDE.name}']
   for device in ('null', 'zero', 'random', 'urandom'):
     command += ['--dev-bind', f'/dev/{device}', f'/dev/{device}']
-  # The root is a folder in memory too, of no bound, so it is closed last.
+  # The root is a folder in memory too, of no bound, so it is closed last. How
+  # many files /tmp may hold bubblewrap cannot say: their time alone bounds it.
   command += ['--size', str(limits.file_bytes), '--tmpfs', '/tmp',
               '--remount-ro', '/', '--chdir', '/tmp']  # fmt: skip
   return command + _python(_WHERE, limits, filtered=True, folder=Path('/tmp'))

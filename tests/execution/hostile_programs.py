@@ -171,15 +171,12 @@ def add(a, b):
   os.write(3, b'\\x07\\xff\\xff\\xff[')
   import time; time.sleep(60)
 ''',
-    'writes from a thread': '''
-import os, threading
-def chatter():
-  while True:
-    try:
-      os.write(3, b'\\x00\\x00\\x00\\x12["done", true, []]')
-    except OSError:
-      pass
-threading.Thread(target=chatter, daemon=True).start()
+    'writes whenever a timer ends': '''
+import os, signal
+def chatter(*a):
+  os.write(3, b'\\x00\\x00\\x00\\x12["done", true, []]')
+signal.signal(signal.SIGALRM, chatter)
+signal.setitimer(signal.ITIMER_REAL, 1e-4, 1e-4)
 ''' + _WRONG,
     'kills the checker': '''
 import os, signal
@@ -277,9 +274,16 @@ for _ in range(1000):
 ''' + _WRONG,
     'thread bomb': '''
 import threading, time
-while True:
-  threading.Thread(target=time.sleep, args=(60,)).start()
-''',
+threading.stack_size(1 << 15)
+for _ in range(50):
+  threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+''' + _RIGHT,
+    'native thread bomb': _NATIVE + '''
+start = ctypes.cast(libc.pause, ctypes.c_void_p)
+for _ in range(50):
+  assert not libc.pthread_create(
+      ctypes.byref(ctypes.c_ulong()), None, start, None)
+''' + _RIGHT,
     'daemon': '''
 import os
 def start():
