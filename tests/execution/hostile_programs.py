@@ -1,7 +1,9 @@
 """Programs that want something else than to add two numbers.
 
-`FAKES` try to pass without adding; `ATTACKS` want the machine, or never end.
-Run them nowhere but in the sandbox.
+`FAKES` try to pass without adding. `ATTACKS` want the machine, or what runs
+beside them, and then add rightly: they pass if they had what they wanted, and
+raise an exception if not. `ENDLESS` never end, and `NUISANCES` are no good at
+all, whatever they meet. Run them nowhere but in the sandbox.
 """
 
 _NATIVE = '''
@@ -10,6 +12,11 @@ for name in ('ctypes', '_ctypes'):
   sys.modules.pop(name, None)
 import ctypes
 libc = ctypes.CDLL(None, use_errno=True)
+
+# The kernel says nothing against a call, if only that it makes no sense.
+def allows(*call):
+  no = 1, 38  # EPERM, ENOSYS
+  return libc.syscall(*call) != -1 or ctypes.get_errno() not in no
 '''
 
 _WRONG = '''
@@ -178,57 +185,6 @@ def chatter(*a):
 signal.signal(signal.SIGALRM, chatter)
 signal.setitimer(signal.ITIMER_REAL, 1e-4, 1e-4)
 ''' + _WRONG,
-    'kills the checker': '''
-import os, signal
-for process in (*range(1, 200), -1, 0, os.getppid()):
-  if process != os.getpid():
-    try:
-      os.kill(process, signal.SIGKILL)
-    except OSError:
-      pass
-''' + _WRONG,
-    'kills the checker natively': _NATIVE + '''
-import os
-for process in range(1, 200):
-  if process != os.getpid():
-    for call in (62, 200, 129):
-      libc.syscall(call, process, 9, 0)
-    libc.syscall(234, process, process, 9)
-''' + _WRONG,
-    'has the kernel kill the checker': '''
-import fcntl, os, signal
-one, other = os.pipe()
-for process in range(1, 60):
-  if process != os.getpid():
-    try:
-      fcntl.fcntl(one, fcntl.F_SETOWN, process)
-      fcntl.fcntl(one, 10, signal.SIGKILL)
-      fcntl.fcntl(one, fcntl.F_SETFL, os.O_ASYNC)
-      os.write(other, b'x')
-    except OSError:
-      pass
-''' + _WRONG,
-    'traces the checker': _NATIVE + '''
-for process in range(1, 60):
-  for request in (16, 0x4206):
-    libc.syscall(101, request, process, 0, 0)
-''' + _WRONG,
-    'writes into the checker': _NATIVE + '''
-text = ctypes.create_string_buffer(b'passed')
-pair = (ctypes.c_ulong * 2)(ctypes.addressof(text), 6)
-for process in range(1, 60):
-  libc.syscall(311, process, pair, 1, pair, 1, 0)
-''' + _WRONG,
-    'starves the checker': '''
-import os, resource
-for process in range(1, 60):
-  if process != os.getpid():
-    for kind in (resource.RLIMIT_CPU, resource.RLIMIT_AS):
-      try:
-        resource.prlimit(process, kind, (0, 0))
-      except OSError:
-        pass
-''' + _WRONG,
     'hands out an answer that hangs': '''
 class Answer:
   def __eq__(self, other):
@@ -258,20 +214,22 @@ for name in ('math', 'json', 'encodings', 'sitecustomize', 'inside'):
 }
 
 ATTACKS = {
-    'fork bomb': 'import os\nwhile True:\n  os.fork()',
-    'patient fork bomb': '''
-import os
-while True:
-  try:
-    os.fork()
-  except OSError:
-    pass
-''',
+    'fork bomb': '''
+import os, time
+for _ in range(50):
+  if not os.fork():
+    time.sleep(60)
+''' + _RIGHT,
     'native fork bomb': _NATIVE + '''
-for _ in range(1000):
-  libc.fork(); libc.vfork(); libc.syscall(57); libc.syscall(56, 17, 0, 0, 0, 0)
-  libc.syscall(435, ctypes.create_string_buffer(88), 88)
-''' + _WRONG,
+import os
+made = []
+for call in ((57,), (56, 17, 0, 0, 0, 0),
+             (435, ctypes.create_string_buffer(88), 88)):
+  made.append(libc.syscall(*call))
+  if made[-1] == 0:
+    os._exit(0)
+assert max(made) > 0
+''' + _RIGHT,
     'thread bomb': '''
 import threading, time
 threading.stack_size(1 << 15)
@@ -294,133 +252,134 @@ def start():
         pass
     os._exit(0)
 start()
+''' + _RIGHT,
+    'shell': 'import os\nassert os.system(":") == 0' + _RIGHT,
+    'subprocess': '''
+import subprocess, sys
+subprocess.run([sys.executable, '-c', ''], check=True)
+''' + _RIGHT,
+    'exec': '''
+import os, sys
+code = \"\"\"
+import socket, sys
+sys.path.append(sys.argv[1])
+from inside import solution
+solution.run(socket.socket(fileno=3), ['def add(a, b): return a + b'])
+\"\"\"
+os.execv(sys.executable, [sys.executable, '-S', '-c', code, sys.path[-1]])
 ''',
-    'shell': 'import os\nassert os.system("true") == 0',
-    'subprocess': 'import subprocess\nsubprocess.run(["/bin/true"])',
-    'exec': 'import os, sys\nos.execv("/bin/sh", ["sh"])',
     'multiprocessing': '''
 import multiprocessing
 multiprocessing.get_context('fork').Process(target=print).start()
-''',
-    'memory bomb': 'held = []\nwhile True:\n  held.append(bytearray(1 << 24))',
-    'one large allocation': 'held = bytearray(1 << 40)',
-    'large number': 'held = 10 ** 10 ** 9',
-    'large answer': 'def add(a, b):\n  return "x" * (1 << 28)',
-    'endless answer': '''
-def add(a, b):
-  while True:
-    yield a
-''',
+''' + _RIGHT,
+    'memory bomb': '''
+held = [bytearray(1 << 24) for _ in range(64)]
+''' + _RIGHT,
+    'one large allocation': 'held = bytearray(1 << 40)' + _RIGHT,
     'shared memory': '''
 from multiprocessing import shared_memory
-shared_memory.SharedMemory(create=True, size=1 << 20)
-''',
+shared_memory.SharedMemory(create=True, size=1 << 20).unlink()
+''' + _RIGHT,
     'anonymous file': '''
 import os
 held = os.memfd_create('held')
-''',
+''' + _RIGHT,
     'disk filler': '''
-number = 0
-while True:
-  number += 1
+for number in range(16):
   with open(f'/tmp/{number}', 'wb') as file:
     file.write(bytes(1 << 20))
-''',
+''' + _RIGHT,
     'long file': '''
 with open('/tmp/long', 'wb') as file:
-  while True:
+  for _ in range(16):
     file.write(bytes(1 << 20))
-''',
-    'sparse file': 'open("/tmp/sparse", "wb").truncate(1 << 45)',
+''' + _RIGHT,
+    'sparse file': '''
+open('/tmp/sparse', 'wb').truncate(1 << 45)
+''' + _RIGHT,
     'filler of devices': '''
-import os
 open('/dev/filler', 'wb').write(bytes(1 << 20))
-''',
-    'folders without end': '''
-import os
-while True:
-  os.mkdir('d')
-  os.chdir('d')
-''',
+''' + _RIGHT,
     'descriptors without end': '''
 import os
-held = []
-while True:
-  held.append(os.pipe())
-''',
-    'closes all descriptors': '''
-import os
-os.closerange(0, 1 << 16)
-''',
-    'output flood': '''
-import sys
-while True:
-  print('x' * 65536)
-  sys.stderr.write('x' * 65536)
-''',
-    'waits for input': 'line = input()',
-    'waits for a terminal': 'open("/dev/tty").read()',
-    'deep recursion': '''
-import sys
-sys.setrecursionlimit(10 ** 9)
-def add(a, b):
-  return add(b, a)
-''',
-    'deep recursion in C': '''
-import sys
-sys.setrecursionlimit(10 ** 9)
-nested = []
-for _ in range(10 ** 6):
-  nested = [nested]
-repr(nested)
-''',
-    'deep source': 'held = ' + '(' * 100_000 + ')' * 100_000,
-    'source with a null': 'held = "\0"',
-    'source with a surrogate': 'held = "\udc80"',
-    'busy loop': 'while True:\n  pass',
-    'sleep': 'import time\ntime.sleep(600)',
-    'stops itself': '''
+held = [os.pipe() for _ in range(100)]
+''' + _RIGHT,
+    'waits for input': 'line = input()' + _RIGHT,
+    'waits for a terminal': 'open("/dev/tty").read()' + _RIGHT,
+    'kills the checker': '''
 import os, signal
-def add(a, b):
-  os.kill(os.getpid(), signal.SIGSTOP)
-''',
-    'ignores signals': '''
-import signal
-for number in range(1, 65):
-  try:
-    signal.signal(number, signal.SIG_IGN)
-  except (OSError, ValueError):
-    pass
-while True:
-  pass
-''',
-    'aborts': 'import os\nos.abort()',
-    'segmentation fault': _NATIVE + 'ctypes.string_at(0)',
-    'kills everything': 'import os\nos.kill(-1, 9)',
-    'kills its group': 'import os\nos.killpg(0, 9)',
-    'kills the first': 'import os\nos.kill(1, 9)',
-    'reads processes': 'import os\nos.listdir("/proc/1")',
-    'reads memory': 'open("/proc/self/mem", "rb")',
-    'reads passwords': 'open("/etc/passwd").read()',
+for process in (*range(1, 200), -1, 0, os.getppid()):
+  if process != os.getpid():
+    try:
+      os.kill(process, signal.SIGKILL)
+    except ProcessLookupError:
+      pass
+''' + _RIGHT,
+    'kills the checker natively': _NATIVE + '''
+import os
+assert any([
+    allows(call, *arguments)
+    for process in range(1, 200) if process != os.getpid()
+    for call, *arguments in (
+        (62, process, 9), (200, process, 9), (129, process, 9, 0),
+        (234, process, process, 9))])
+''' + _RIGHT,
+    'has the kernel kill the checker': '''
+import fcntl, os, signal
+one, other = os.pipe()
+for process in range(1, 60):
+  if process != os.getpid():
+    try:
+      fcntl.fcntl(one, fcntl.F_SETOWN, process)
+      fcntl.fcntl(one, 10, signal.SIGKILL)
+      fcntl.fcntl(one, fcntl.F_SETFL, os.O_ASYNC)
+      os.write(other, b'x')
+    except ProcessLookupError:
+      pass
+''' + _RIGHT,
+    'traces the checker': _NATIVE + '''
+assert any([allows(101, request, process, 0, 0)
+            for process in range(1, 60) for request in (16, 0x4206)])
+''' + _RIGHT,
+    'writes into the checker': _NATIVE + '''
+text = ctypes.create_string_buffer(b'passed')
+pair = (ctypes.c_ulong * 2)(ctypes.addressof(text), 6)
+assert any([allows(311, process, pair, 1, pair, 1, 0)
+            for process in range(1, 60)])
+''' + _RIGHT,
+    'starves the checker': '''
+import os, resource
+for process in range(1, 60):
+  if process != os.getpid():
+    for kind in (resource.RLIMIT_CPU, resource.RLIMIT_AS):
+      try:
+        resource.prlimit(process, kind, (0, 0))
+      except ProcessLookupError:
+        pass
+''' + _RIGHT,
+    'kills everything': 'import os\nos.kill(-1, 9)' + _RIGHT,
+    'kills its group': 'import os\nos.killpg(0, 9)' + _RIGHT,
+    'kills the first': 'import os\nos.kill(1, 9)' + _RIGHT,
+    'reads processes': 'import os\nos.listdir("/proc/1")' + _RIGHT,
+    'reads memory': 'open("/proc/self/mem", "rb")' + _RIGHT,
+    'reads passwords': 'open("/etc/passwd").read()' + _RIGHT,
     'reads passwords by a link': '''
 import os
 os.symlink('/etc/shadow', '/tmp/link')
 open('/tmp/link').read()
-''',
+''' + _RIGHT,
     'reads a home': '''
 import os
-for folder, _, files in os.walk('/root'):
-  for name in files:
-    if name in ('.bashrc', '.profile', '.gitconfig', '.bash_history'):
-      def add(a, b):
-        return a + b
-''',
-    'writes outside': 'open("/hostile", "w")',
+assert any(
+    name in ('.bashrc', '.profile', '.gitconfig', '.bash_history')
+    for home in ('/root', '/home')
+    for _, _, files in os.walk(home) for name in files)
+''' + _RIGHT,
+    'writes outside': 'open("/hostile", "w")' + _RIGHT,
     'writes to the interpreter': '''
 import os
-os.chmod(os.__file__, 0o777)
 open(os.__file__, 'a')
-''',
+''' + _RIGHT,
     'changes the modes of devices': '''
 import os
 for name in ('null', 'zero', 'random', 'urandom'):
@@ -450,43 +409,128 @@ import os
 os.chmod('/tmp', 0o500)
 ''' + _RIGHT,
     'removes all': '''
-import shutil
-def fail(*a):
-  pass
-shutil.rmtree('/', onerror=fail)
-''',
+import os, shutil
+shutil.rmtree('/program', onerror=lambda *a: None)
+assert not os.path.exists('/program/inside')
+''' + _RIGHT,
     'opens a connection': '''
 import socket
-socket.create_connection(('127.0.0.1', 22), timeout=1)
-''',
+socket.socket().connect_ex(('127.0.0.1', 22))
+''' + _RIGHT,
     'listens': '''
 import socket
 socket.create_server(('127.0.0.1', 0))
-''',
-    'looks up a name': 'import socket\nsocket.getaddrinfo("example.org", 80)',
+''' + _RIGHT,
+    'sends a packet': '''
+import socket
+with socket.socket(type=socket.SOCK_DGRAM) as sender:
+  sender.sendto(b'hostile', ('127.0.0.1', 9))
+''' + _RIGHT,
+    'looks up a name': '''
+import socket
+socket.getaddrinfo('localhost', 80)
+''' + _RIGHT,
     'opens a web page': '''
 import urllib.request
 urllib.request.urlopen('http://example.org', timeout=1)
-''',
+''' + _RIGHT,
     'mounts': _NATIVE + '''
-for call in (165, 166, 155, 161, 272, 308, 428, 429, 430, 442):
-  libc.syscall(call, b'/', b'/tmp', b'tmpfs', 0, 0)
-''' + _WRONG,
+assert any([
+    allows(165, b'none', b'/tmp', b'tmpfs', 0, 0), allows(166, b'/tmp', 0),
+    allows(155, b'/tmp', b'/tmp'), allows(161, b'/tmp'),
+    allows(272, 0x10000000), allows(308, 0, 0), allows(428, -1, b'/', 0),
+    allows(429, -1, b'/', -1, b'/tmp', 0), allows(430, b'tmpfs', 0),
+    allows(442, -1, b'/', 0, 0, 0)])
+''' + _RIGHT,
     'reboots': _NATIVE + '''
-libc.syscall(169, 0xFEE1DEAD, 672274793, 0x1234567, 0)
-''' + _WRONG,
+assert allows(169, 0xFEE1DEAD, 672274793, 0x1234567, 0)
+''' + _RIGHT,
     'loads into the kernel': _NATIVE + '''
-for call in (321, 298, 323, 425, 175, 313, 246, 320):
-  libc.syscall(call, 0, 0, 0, 0, 0)
-''' + _WRONG,
-    'calls like 32 bits': _NATIVE + '''
-libc.syscall(0x40000000 + 57)
-''' + _WRONG,
-    'imports ctypes': 'import ctypes',
+assert any([allows(call, 0, 0, 0, 0, 0)
+            for call in (321, 298, 323, 425, 175, 313, 246, 320)])
+''' + _RIGHT,
+    'imports ctypes': 'import ctypes' + _RIGHT,
     'raises its limits': '''
 import resource
 resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+''' + _RIGHT,
+}  # fmt: skip
+
+ENDLESS = {
+    'patient fork bomb': '''
+import os
+while True:
+  try:
+    os.fork()
+  except OSError:
+    pass
 ''',
+    'folders without end': '''
+import os
+while True:
+  os.mkdir('d')
+  os.chdir('d')
+''',
+    'output flood': '''
+import sys
+while True:
+  print('x' * 65536)
+  sys.stderr.write('x' * 65536)
+''',
+    'busy loop': 'while True:\n  pass',
+    'sleep': 'import time\ntime.sleep(600)',
+    'stops itself': '''
+import os, signal
+def add(a, b):
+  os.kill(os.getpid(), signal.SIGSTOP)
+''',
+    'ignores signals': '''
+import signal
+for number in range(1, 65):
+  try:
+    signal.signal(number, signal.SIG_IGN)
+  except (OSError, ValueError):
+    pass
+while True:
+  pass
+''',
+}  # fmt: skip
+
+NUISANCES = {
+    'large number': 'held = 10 ** 10 ** 9',
+    'large answer': 'def add(a, b):\n  return "x" * (1 << 28)',
+    'endless answer': '''
+def add(a, b):
+  while True:
+    yield a
+''',
+    'closes all descriptors': '''
+import os
+os.closerange(0, 1 << 16)
+''' + _RIGHT,
+    'deep recursion': '''
+import sys
+sys.setrecursionlimit(10 ** 9)
+def add(a, b):
+  return add(b, a)
+''',
+    'deep recursion in C': '''
+import sys
+sys.setrecursionlimit(10 ** 9)
+nested = []
+for _ in range(10 ** 6):
+  nested = [nested]
+repr(nested)
+''',
+    'deep source': 'held = ' + '(' * 100_000 + ')' * 100_000 + _RIGHT,
+    'source with a null': 'held = "\0"' + _RIGHT,
+    'source with a surrogate': 'held = "\udc80"' + _RIGHT,
+    'aborts': 'import os\nos.abort()',
+    'segmentation fault': _NATIVE + 'ctypes.string_at(0)',
+    # Passes only where the kernel speaks x32, and is let to.
+    'calls like 32 bits': _NATIVE + '''
+assert libc.syscall(0x40000000 + 57) != -1
+''' + _RIGHT,
 }  # fmt: skip
 
 # Passes, as in one process it would: see execution/sandbox.py.

@@ -24,8 +24,10 @@ from codet5p_jax.execution.sandbox import (
 from tests.execution.conftest import LIMITS
 from tests.execution.hostile_programs import (
     ATTACKS,
+    ENDLESS,
     EQUALS_EVERYTHING,
     FAKES,
+    NUISANCES,
 )
 
 _SUMS = '''
@@ -166,19 +168,30 @@ def test_a_program_that_fills_the_memory_of_tests_takes_none_of_the_next(run):
     assert statuses(run(large, 'assert len(f()) > 9')) == [PASSED]
 
 
+_NOT_PASSED = {FAILED, TIMED_OUT, CRASHED}
+_HOSTILE = [
+    *[(source, _NOT_PASSED, 0.4) for source in FAKES.values()],
+    # They end at once, but some of them import much.
+    *[(source, {FAILED}, 10.0) for source in ATTACKS.values()],
+    *[(source, {TIMED_OUT}, 0.4) for source in ENDLESS.values()],
+    *[(source, _NOT_PASSED, 0.4) for source in NUISANCES.values()],
+]  # fmt: skip
+
+
 def test_hostile_programs_are_many():
-  assert len(FAKES) + len(ATTACKS) >= 80
+  assert len(_HOSTILE) >= 80
 
 
-@pytest.mark.parametrize('name', [*FAKES, *ATTACKS])
-def test_a_hostile_program_gets_nothing(name, run):
-  source = {**FAKES, **ATTACKS}[name]
+@pytest.mark.parametrize(
+    ('source', 'expected', 'seconds'), _HOSTILE,
+    ids=[*FAKES, *ATTACKS, *ENDLESS, *NUISANCES])  # fmt: skip
+def test_a_hostile_program_gets_nothing(source, expected, seconds, run):
   victim = Path('/tmp') / f'victim_of_{os.getpid()}'
   victim.write_text('untouched')
   devices = told_of_devices()
   try:
-    (outcome,) = run(source, _SUMS, tested=('add',), seconds=0.4)
-    assert outcome.status in (FAILED, TIMED_OUT, CRASHED)
+    (outcome,) = run(source, _SUMS, tested=('add',), seconds=seconds)
+    assert outcome.status in expected, outcome
     assert victim.read_text() == 'untouched'
   finally:
     victim.unlink()
@@ -202,6 +215,16 @@ def f():
         return copied.read()
 '''
   assert statuses(run(source, 'assert f() == "held"')) == [PASSED]
+
+
+@pytest.mark.parametrize('name', [
+    'exec', 'subprocess', 'reads passwords', 'reads processes', 'listens',
+    'sends a packet', 'native thread bomb'])  # fmt: skip
+def test_an_attack_passes_where_nothing_prevents_it(name):
+  program = Program(ATTACKS[name], (_SUMS,), ('add',), 10.0)
+  with Sandbox('none', limits=LIMITS) as box:
+    ((_, outcomes),) = box.run([program])
+  assert statuses(outcomes) == [PASSED]
 
 
 def test_what_equals_everything_passes_as_it_does_in_one_process(run):
