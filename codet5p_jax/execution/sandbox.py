@@ -47,6 +47,7 @@ CRASHED = 'crashed'
 STATUSES = (PASSED, FAILED, TIMED_OUT, CRASHED)
 
 _LENGTH = struct.Struct('!I')
+_MOST_SECONDS = 24 * 60 * 60
 # A sandbox that says nothing for so long beyond what its program may take is
 # lost.
 _GRACE_SECONDS = 20.0
@@ -63,7 +64,8 @@ class Program:
     tests: sources of independent tests.
     tested: the names of the program that are under test, the first of them also
       known to the tests as `candidate`.
-    seconds: of wall time for each test; that of the first includes the program.
+    seconds: of wall time for each test, at most a day; that of the first
+      includes the program.
     prompt: trusted source whose names the tests may use.
     setup: source that is run after the program, beside it, such as of objects
       of its classes.
@@ -79,13 +81,26 @@ class Program:
   setup: str = ''
   trusted: bool = True
 
+  def __post_init__(self) -> None:
+    """Checks the seconds.
+
+    Raises:
+      UserError: they are none, or too many.
+    """
+    if not 0 < self.seconds <= _MOST_SECONDS:
+      raise UserError(
+          f'expected more than 0 and at most {_MOST_SECONDS} seconds for a '
+          f'test, found {self.seconds}; give so many'
+      )
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
   """How a test went.
 
   Attributes:
-    status: one of STATUSES; CRASHED if one of the processes ended.
+    status: one of STATUSES; CRASHED if one of the processes ended, or
+      the sandbox twice.
     error: the exception and the first line of its text, if there was one.
     seconds: of wall time.
   """
@@ -230,11 +245,21 @@ class _Worker:
   def run(self, program: Program) -> list[Outcome]:
     """Runs one program; see `Sandbox.run`."""
     outcomes: list[Outcome] = []
+    is_second_try = False
     while len(outcomes) < len(program.tests):
-      reached, is_clean = self._run_once(program, len(outcomes))
-      outcomes += reached
+      started = time.monotonic()
+      try:
+        reached, is_clean = self._run_once(program, len(outcomes))
+      except _Lost:
+        reached, is_clean = [], False
+        # Once it may be the fault of the machine, or of another program.
+        if is_second_try:
+          spent = time.monotonic() - started
+          reached = [Outcome(CRASHED, 'the sandbox was lost', spent)]
       if self._stopping.is_set():
         raise _Lost
+      outcomes += reached
+      is_second_try = not reached
       if not is_clean:
         self.close()
         self._start()
@@ -247,6 +272,9 @@ class _Worker:
 
     Returns:
       At least one outcome, and whether the sandbox is as before.
+
+    Raises:
+      _Lost: the sandbox, whatever of it is to blame.
     """
     tests = program.tests[first:]
     sources = [program.solution, program.setup]
@@ -259,15 +287,10 @@ class _Worker:
     for_tests = {
         'tests': tests, 'tested': program.tested, 'prompt': program.prompt}
     patience = program.seconds * len(tests) + _GRACE_SECONDS
-    started = time.monotonic()
-    try:
-      self._write(request)
-      self._write(for_tests)
-      answer = self._read(patience)
-      outcomes = [Outcome(*outcome) for outcome in answer['outcomes']]
-    except _Lost:
-      spent = time.monotonic() - started
-      return [Outcome(CRASHED, 'the sandbox was lost', spent)], False
+    self._write(request)
+    self._write(for_tests)
+    answer = self._read(patience)
+    outcomes = [Outcome(*outcome) for outcome in answer['outcomes']]
     return outcomes, not answer['left_behind']
 
   def _start(self) -> None:

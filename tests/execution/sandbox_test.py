@@ -328,19 +328,42 @@ def f(memory, size):
   assert 'OSError' in run(source, f'f(0, {LIMITS.file_bytes + 1})')[0].error
 
 
-def test_a_sandbox_that_is_lost_is_replaced(run, monkeypatch):
+@pytest.mark.parametrize(('losses', 'status', 'error'), [
+    (1, PASSED, ''), (2, CRASHED, 'the sandbox was lost')])  # fmt: skip
+def test_a_sandbox_that_is_lost_is_replaced(
+    losses, status, error, run, monkeypatch
+):
   monkeypatch.setattr('codet5p_jax.execution.sandbox._GRACE_SECONDS', 0.3)
   sleeper = '''
 import time
 def f():
-  time.sleep(60)
+  time.sleep(1)
 '''
-  # The program may take an hour, but Python in the sandbox ends.
-  python = sorted(processes())[_AT_REST - 1]
-  threading.Timer(0.5, os.kill, (python, 9)).start()
+
+  def lose():
+    for _ in range(losses):
+      # Until both processes of the program are there.
+      while len(found := sorted(processes())) < _AT_REST + 2:
+        time.sleep(0.02)
+      os.kill(found[_AT_REST - 1], 9)  # Python in the sandbox.
+      while {*found} & {*processes()}:
+        time.sleep(0.02)
+
+  losing = threading.Thread(target=lose)
+  losing.start()
+  # It may take an hour, so that it is not time that ends it.
   (outcome,) = run(sleeper, 'f()', seconds=3600.0)
-  assert (outcome.status, outcome.error) == (CRASHED, 'the sandbox was lost')
+  losing.join()
+  assert (outcome.status, outcome.error) == (status, error)
   assert statuses(run(_RIGHT, _SUMS, tested=('add',))) == [PASSED]
+
+
+def test_a_test_may_take_a_day_and_no_more(run):
+  assert statuses(run(_RIGHT, _SUMS, tested=('add',), seconds=86400.0)) == [
+      PASSED]  # fmt: skip
+  for seconds in (0.0, -1.0, 86401.0, float('inf'), float('nan')):
+    with pytest.raises(UserError, match='at most 86400 seconds'):
+      Program(_RIGHT, (_SUMS,), ('add',), seconds)
 
 
 def test_programs_run_at_a_time_and_are_told_apart():
