@@ -340,6 +340,12 @@ class _Worker:
       if not problem:
         description = info.read()
         return json.loads(description)['child-pid'] if description else None
+    if 'Unknown option' in problem:
+      raise UserError(
+          f'expected bubblewrap 0.7 or newer, found one that says {problem!r}; '
+          f'install a newer one, or spell out --sandbox=none to run what the '
+          f'model wrote with all your rights'
+      )
     raise UserError(
         f'expected a sandbox of {self._kind}, could not have it: {problem}; '
         f'allow user namespaces on this machine or use another one, or spell '

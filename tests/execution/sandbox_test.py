@@ -440,6 +440,18 @@ def test_a_sandbox_is_refused_where_namespaces_cannot_be_had(
   assert '\n' not in str(raised.value)
 
 
+def test_a_bubblewrap_that_is_too_old_is_named_as_such(monkeypatch, tmp_path):
+  fake = tmp_path / 'bwrap'
+  fake.write_text('#!/bin/sh\necho bwrap: Unknown option --size >&2\nexit 1\n')
+  fake.chmod(0o755)
+  monkeypatch.setattr(isolation.shutil, 'which', lambda name: str(fake))
+  with pytest.raises(UserError, match='bubblewrap 0.7 or newer') as raised:
+    with Sandbox('bubblewrap'):
+      pass
+  assert '\n' not in str(raised.value)
+  assert 'user namespaces' not in str(raised.value)
+
+
 def test_a_sandbox_is_refused_where_there_is_no_filter(monkeypatch, tmp_path):
   # In the place of bubblewrap, what says that its machine is another one.
   answer = b'{"problem": "this kernel offers no seccomp filters"}'
