@@ -12,7 +12,7 @@ import operator
 import socket
 import struct
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from . import values
 
@@ -20,6 +20,8 @@ SOLUTION = 's'
 TESTS = 't'
 
 _MAX_MESSAGE = 1 << 27
+# Of an exception.
+_MAX_TEXT = 200
 _LENGTH = struct.Struct('!I')
 
 
@@ -234,14 +236,29 @@ class Border:
     return b''.join(parts)
 
 
-def _described(error: BaseException) -> list[str]:
-  """The name of an exception's nearest built-in base, its own, and its text."""
+def _described(error: BaseException) -> list[Any]:
+  """An exception as a message.
+
+  Returns:
+    The name of its nearest built-in base, its own, its text, and as `encode`
+    makes it what that base is made with; None if that is no plain value.
+  """
   kind = type(error)
+  base = _built_in_base(kind)
   try:
-    text = str(error)[:200]
+    text = str(error)[:_MAX_TEXT]
   except Exception:
     text = ''
-  return [_built_in_base(kind).__name__, kind.__name__[:100], text]
+  try:
+    # Unlike `args` this has the name of a file, and no class redefines it.
+    arguments = values.encode(base.__reduce__(error)[1], _refuse)
+  except Exception:
+    arguments = None
+  return [base.__name__, kind.__name__[:100], text, arguments]
+
+
+def _refuse(*reference: Any) -> NoReturn:
+  raise values.Malformed('an exception refers to no value')
 
 
 def _built_in_base(kind: type) -> type:
@@ -262,12 +279,24 @@ def _exception(*parts: Any) -> Exception:
   Those that are no errors, such as SystemExit, are given as `RemoteError`: the
   tests must not end as if they wanted to.
   """
-  if [type(part) for part in parts] != [str, str, str]:
+  if [type(part) for part in parts[:-1]] != [str, str, str]:
     raise Broken('an exception of another form')
-  base, name, text = parts
+  base, name, text, node = parts
+  try:
+    arguments = values.decode(node, _refuse)
+  except values.Malformed as error:
+    raise Broken(str(error)) from error
   kind = getattr(builtins, base, None)
-  if kind is not Exception and (
-      isinstance(kind, type) and issubclass(kind, Exception)):  # fmt: skip
+  is_known = isinstance(kind, type) and issubclass(kind, Exception)
+  if is_known and (kind is not Exception or name == base):
+    if type(arguments) is tuple:
+      try:
+        made = kind(*arguments)
+        # Else a class of the program has a text of its own.
+        if str(made)[:_MAX_TEXT] == text:
+          return made
+      except Exception:  # Those that were made up fit no kind.
+        pass
     try:
       return kind(text)
     except TypeError:  # UnicodeDecodeError and its like take more.

@@ -76,8 +76,15 @@ nodes = [Node(1), Node(2)]
 def f(x):
   return x
 
+class Told(ValueError):
+  def __str__(self):
+    return 'told by itself'
+
 def fail(name):
   raise {'own': OwnError('o'), 'strange': Strange('s'), 'exit': SystemExit(3),
+         'plain': Exception('p', [3]), 'long': ValueError('long' * 99),
+         'file': FileNotFoundError(2, 'No such file', 'missing'),
+         'told': Told('t'), 'node': ValueError(Node(5)),
          'unicode': UnicodeDecodeError('a', b'b', 0, 1, 'c')}[name]
 
 def sort(things, also=None):
@@ -177,8 +184,19 @@ def _swallow(function, *arguments):
     'try:\n  f()\nexcept TypeError:\n  pass\nelse:\n  assert False',
     'try:\n  fail("strange")\nexcept Exception as e:\n'
     '  assert str(e) == "Strange: s"',
-    'try:\n  fail("unicode")\nexcept Exception as e:\n'
-    '  assert "Unicode" in str(e)',
+    'try:\n  fail("unicode")\nexcept UnicodeDecodeError as e:\n'
+    '  assert e.reason == "c"',
+    'try:\n  fail("own")\nexcept KeyError as e:\n  assert e.args == ("o",)',
+    'try:\n  fail("plain")\nexcept Exception as e:\n'
+    '  assert e.args == ("p", [3]) and str(e) == "(\'p\', [3])"',
+    'try:\n  fail("long")\nexcept ValueError as e:\n'
+    '  assert str(e) == "long" * 99',
+    'try:\n  fail("file")\nexcept FileNotFoundError as e:\n'
+    '  assert (e.errno, e.filename) == (2, "missing")',
+    'try:\n  fail("told")\nexcept ValueError as e:\n'
+    '  assert str(e) == "told by itself"',
+    'try:\n  fail("node")\nexcept ValueError as e:\n'
+    '  assert e.args == ("<5>",)',
     'try:\n  apply(lambda: 1 / 0)\nexcept ZeroDivisionError:\n  pass',
     'assert __name__ == "tests" and isinstance(f, object)',
     'assert any([1])',
@@ -280,7 +298,10 @@ def test_a_solution_of_made_up_bytes_can_answer():
     framed(b'["done", 1, [[7, 1]]]'), framed(b'["done", {}, []]'),
     framed(b'["done", ["x", 1], []]'), framed(b'["done", ["t", 0], []]'),
     framed(b'["done", ["t", -1], []]'), framed(b'["raised", 1]'),
-    framed(b'["raised", "KeyError", "x"]'), framed(b'[["done"], 1]'),
+    framed(b'["raised", "KeyError", "x", "x"]'),
+    framed(b'["raised", "KeyError", "x", "x", ["s", 0]]'),
+    framed(b'["raised", "KeyError", "x", "x", ["tuple", 1], 2]'),
+    framed(b'[["done"], 1]'),
     framed(b'["passed", ""]'), framed(b'["ask"]'), framed(b'["ask", 1, 2, 3]'),
     framed(b'["ask", "call", [], {}]'), framed(b'["ask", "call", [{}], {}]'),
     framed(b'\xff'), b'\xff\xff\xff\xff', framed(b'["done", ' + b'[' * 99_999),
@@ -292,8 +313,17 @@ def test_made_up_bytes_never_pass_even_if_tests_catch_everything(frame):
 
 @pytest.mark.parametrize('name', ['SystemExit', 'GeneratorExit', 'int', 'x'])
 def test_no_made_up_exception_ends_the_tests(name):
-  raised = framed(json.dumps(['raised', name, 'Name', 'text']).encode())
+  raised = framed(json.dumps(['raised', name, 'Name', 'text', None]).encode())
   assert talk(_LOADED, _GLOBAL, raised) == ['failed', 'RemoteError: Name: text']
+
+
+@pytest.mark.parametrize('arguments', [
+    None, 'text', ['list', 'text'], ['tuple', 'text', 2], ['int', '0x5'],
+    ['range', 0, 10**15, 1], ['tuple', ['int', hex(10**5000)]]])  # fmt: skip
+def test_made_up_arguments_of_an_exception_are_not_taken(arguments):
+  message = ['raised', 'KeyError', 'Name', 'text', arguments]
+  raised = framed(json.dumps(message).encode())
+  assert talk(_LOADED, _GLOBAL, raised) == ['failed', "KeyError: 'text'"]
 
 
 def test_a_server_refuses_what_is_no_question():
