@@ -8,12 +8,23 @@ first has no descriptor of. So a program cannot pass by ending early, by
 patching built-ins, by looking at the tests, or by writing what a test would
 write: the only way is to give the right answers.
 
-Two limits remain:
+Limits remain. A wrong program passes in one case, as in one process it would:
 
 - An answer that says of itself that it equals everything is right wherever a
-  test asks `candidate(x) == y`, as it is in one process.
-- Identity and aliasing do not cross the border: a function that returns the
-  very list that it was given returns an equal one to the tests.
+  test asks `candidate(x) == y`.
+
+A right one fails, other than in one process, where
+
+- a test asks for identity or aliasing: a function that returns the very list
+  that it was given returns an equal one to the tests;
+- a test catches an exception class of the program's own, which is known by its
+  built-in base alone, or reads its attributes, or its text if that base is
+  Exception; or reads arguments of an exception that are no plain values;
+- a test hands over an iterator, or an object of a class of its own;
+- C code is to take an object for one of a built-in type that its class is
+  derived from, as `''.join` is with a str;
+- a program starts a thread or a process, or changes a file's mode or times, as
+  shutil.copy does.
 """
 
 import contextlib
