@@ -2,8 +2,10 @@
 
 `FAKES` try to pass without adding. `ATTACKS` want the machine, or what runs
 beside them, and then add rightly: they pass if they had what they wanted, and
-raise an exception if not. `ENDLESS` never end, and `NUISANCES` are no good at
-all, whatever they meet. Run them nowhere but in the sandbox.
+raise an exception if not. What they change of devices, which are the machine's,
+they leave as it was but for the time of the change. `ENDLESS` never end, and
+`NUISANCES` are no good at all, whatever they meet. Run them nowhere but in the
+sandbox.
 """
 
 _NATIVE = '''
@@ -392,7 +394,8 @@ os.fchmod(os.open('/dev/null', os.O_RDWR), 0o666)
     'changes the times of devices': '''
 import os
 for name in ('null', 'zero', 'random', 'urandom'):
-  os.utime(f'/dev/{name}', ns=(0, os.stat(f'/dev/{name}').st_mtime_ns))
+  told = os.stat(f'/dev/{name}')
+  os.utime(f'/dev/{name}', ns=(told.st_atime_ns, told.st_mtime_ns))
 ''' + _RIGHT,
     'changes the owners of devices': '''
 import os
@@ -402,7 +405,7 @@ for name in ('null', 'zero', 'random', 'urandom'):
     'writes notes to devices': '''
 import os
 for name in ('null', 'zero', 'random', 'urandom'):
-  os.setxattr(f'/dev/{name}', 'trusted.note', b'hostile')
+  os.setxattr(f'/dev/{name}', 'user.note', b'hostile')
 ''' + _RIGHT,
     'keeps the next from its folder': '''
 import os
