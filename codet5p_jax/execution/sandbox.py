@@ -57,8 +57,9 @@ TIMED_OUT = 'timed_out'
 CRASHED = 'crashed'
 STATUSES = (PASSED, FAILED, TIMED_OUT, CRASHED)
 
+MOST_SECONDS = 24 * 60 * 60  # That a test may take.
+
 _LENGTH = struct.Struct('!I')
-_MOST_SECONDS = 24 * 60 * 60
 # A sandbox that says nothing for so long beyond what its program may take is
 # lost.
 _GRACE_SECONDS = 20.0
@@ -98,9 +99,9 @@ class Program:
     Raises:
       UserError: they are none, or too many.
     """
-    if not 0 < self.seconds <= _MOST_SECONDS:
+    if not 0 < self.seconds <= MOST_SECONDS:
       raise UserError(
-          f'expected more than 0 and at most {_MOST_SECONDS} seconds for a '
+          f'expected more than 0 and at most {MOST_SECONDS} seconds for a '
           f'test, found {self.seconds}; give so many'
       )
 

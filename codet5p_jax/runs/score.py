@@ -20,6 +20,7 @@ from codet5p_jax.execution.problems import (
     read_executable_problems,
 )
 from codet5p_jax.execution.sandbox import (
+    MOST_SECONDS,
     PASSED,
     STATUSES,
     Outcome,
@@ -30,8 +31,6 @@ from codet5p_jax.storage import check_output, local_path
 from codet5p_jax.training.run_folder import write_result
 
 _logger = logging.getLogger(__name__)
-
-_DAY = 86_400
 
 
 def score(
@@ -194,7 +193,7 @@ METRICS: dict[str, Callable[..., dict[str, Any]]] = {
 
 def _require_seconds(**seconds: int | float) -> None:
   for name, value in seconds.items():
-    if not 0 < value <= _DAY:
+    if not 0 < value <= MOST_SECONDS:
       raise UserError(
           f'expected {name} of more than 0 seconds and at most a day, found '
           f'{value}; give another'
