@@ -40,8 +40,9 @@ def precompile(
   They are those that `train` or `generate` runs, made by the same functions
   from the same configuration. Of training, each objective is compiled as if a
   step held its micro-batches alone, in its own shape. Of generating, what
-  reads the prompts ("prefill"), what makes a row of each ("rows") and what adds
-  one token after another ("token").
+  reads the prompts ("prefill"), what makes a row of each ("rows"; the weights,
+  which it has no use for, lie beside it) and what adds one token after another
+  ("token").
 
   Args:
     topology: JAX's name of a TPU topology, such as "v5e:4x4".
