@@ -20,6 +20,10 @@ _INSTRUCTION = re.compile(r'^\s*(ROOT )?%?([\w.\-]+) = (.*)$')
 _OPCODE = re.compile(r'\s([a-z][\w\-]*)\(')
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) .*\{$')
 _ARRAY = re.compile(r'^\w+\[([\d,]*)\]')
+_ELEMENTS = re.compile(r'\b\w+\[([\d,]*)\]')
+# JAX 0.12 has `%tuple#2` stand for the element, where 0.10 takes it by an
+# instruction of its own.
+_ELEMENT = re.compile(r'%([\w.\-]+)#(\d+)')
 _CALLED = re.compile(
     r'\b(?:calls|to_apply|body|condition|true_computation|false_computation)='
     r'%?([\w.\-]+)'
@@ -89,12 +93,23 @@ def _parse(hlo_text: str) -> tuple[dict[str, _Scope], str]:
   computations: dict[str, _Scope] = {}
   entry = None
   current: _Scope = {}
+  types: dict[str, str] = {}
   for line in hlo_text.splitlines():
     if found := _INSTRUCTION.match(line):
       root, name, text = found.groups()
       if opcode := _OPCODE.search(text):
         operands, attributes = _split_operands(text[opcode.end() :])
         array = _ARRAY.match(text)
+        types[name] = text[: opcode.start()]
+        for whole, index in _ELEMENT.findall(operands):
+          sizes = _ELEMENTS.findall(types[whole])[int(index)]
+          current[f'{whole}#{index}'] = _Instruction(
+              'get-tuple-element',
+              _sizes(sizes),
+              f'%{whole}',
+              f'index={index}',
+              is_root=False,
+          )
         current[name] = _Instruction(
             opcode[1],
             array and _sizes(array[1]),
@@ -103,7 +118,8 @@ def _parse(hlo_text: str) -> tuple[dict[str, _Scope], str]:
             is_root=bool(root),
         )
     elif found := _COMPUTATION.match(line):
-      current = computations[found[2]] = {}
+      current, types = {}, {}
+      computations[found[2]] = current
       if found[1]:
         entry = found[2]
   if entry is None:
@@ -176,7 +192,7 @@ def _root(scope: _Scope) -> _Instruction:
 
 
 def _operands(instruction: _Instruction) -> list[str]:
-  return re.findall(r'%([\w.\-]+)', instruction.operands)
+  return re.findall(r'%([\w.\-]+(?:#\d+)?)', instruction.operands)
 
 
 def _origin(scope: _Scope, name: str) -> _Instruction:
