@@ -9,6 +9,7 @@ a probability is the same when a batch is made again.
 import dataclasses
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,6 +35,9 @@ _make_searcher = functools.lru_cache(maxsize=8)(BeamSearcher)
 _TOKENS_AT_ONCE = 32
 
 _BUCKET = 16
+
+# CPUs say it, other devices have a word for it.
+_OUT_OF_MEMORY = re.compile('out of memory|RESOURCE_EXHAUSTED', re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,13 +209,30 @@ class Generator:
     Args:
       batch: one of `batches`.
       tell: is called now and then with the number of tokens generated since.
+
+    Raises:
+      UserError: the memory is too small.
     """
     prompts, limits = self._arrange(batch.requests)
-    if self._settings.beam_search is not None:
-      rows = self._search(batch, prompts, limits)
-      tell(sum(len(tokens) for tokens, _ in rows))
-    else:
-      rows = self._sample(batch, prompts, limits, tell)
+    try:
+      if self._settings.beam_search is not None:
+        rows = self._search(batch, prompts, limits)
+        tell(sum(len(tokens) for tokens, _ in rows))
+      else:
+        rows = self._sample(batch, prompts, limits, tell)
+    except jax.errors.JaxRuntimeError as error:
+      if not _OUT_OF_MEMORY.search(str(error)):
+        raise
+      longest = max(
+          batch.requests, key=lambda r: max(len(r.source), len(r.target))
+      )
+      raise UserError(
+          f'expected a batch that fits the memory, found {self._prompts} '
+          f'prompts with {self._rows} completions each, the longest of '
+          f'{max(len(longest.source), len(longest.target))} tokens (prompt '
+          f'{longest.prompt_id}); lower BATCH_SIZE or MAX_NEW_TOKENS, or '
+          f'shorten it'
+      ) from error
     requests = [r for r in batch.requests for _ in range(batch.num_samples)]
     return [
         self._finish(request, sample, tokens, log_probabilities)

@@ -234,6 +234,26 @@ def test_a_prompt_is_read_once_for_all_of_its_samples(trained, drawn):
   assert len(generator.batches) == 10 and len(lengths) == 4
 
 
+@pytest.mark.parametrize('search', [None, BeamSearch(4)])
+def test_a_batch_that_does_not_fit_the_memory_is_told(trained, search):
+  requests = requests_of(trained)
+  generator = Generator(trained, settings(beam_search=search), requests, 8)
+  words = 'Out of memory allocating 821 bytes.'
+
+  def fail(*given, **options):
+    raise jax.errors.JaxRuntimeError(words)
+
+  generator._sampler = types.SimpleNamespace(read=fail, begin=None)
+  generator._searcher = types.SimpleNamespace(find=fail)
+  length = len(requests[2].target)
+  told = rf'2 prompts with 4 .* of {length} tokens \(prompt p2\); lower BATCH_'
+  with pytest.raises(UserError, match=told):
+    generator.complete(generator.batches[1])
+  words = 'INTERNAL: something else'
+  with pytest.raises(jax.errors.JaxRuntimeError, match='something else'):
+    generator.complete(generator.batches[1])
+
+
 def test_a_prompt_of_another_length_is_not_compiled_anew(trained):
   requests = requests_of(trained, ['a', 'b c', 'd e f'])
   generator = Generator(trained, settings(num_samples=1), requests, 1)
