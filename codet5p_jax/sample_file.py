@@ -144,7 +144,8 @@ def _measure(
         )
         raise UserError(
             f'expected samples of the same settings in {path} to add to, found '
-            f'another {", ".join(names)}; set OUTPUT to another file'
+            f'another {_changes(names, found_settings, settings)}; set OUTPUT '
+            f'to another file'
         )
       if found != (prompt_id, sample):
         raise UserError(
@@ -160,6 +161,17 @@ def _measure(
         f'another file'
     )
   return len(batches), size
+
+
+def _changes(
+    names: Sequence[str], before: Mapping[str, Any], now: Mapping[str, Any]
+) -> str:
+  """Names settings with their values, those that have short ones."""
+  told = []
+  for name in names:
+    values = f'{before.get(name)} before, {now.get(name)} now'
+    told.append(f'{name} ({values})' if len(values) < 160 else name)
+  return ', '.join(told)
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

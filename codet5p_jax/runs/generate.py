@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import tqdm
 
+from codet5p_jax.arguments import did_you_mean
 from codet5p_jax.decoding.beam_search import BeamSearch
 from codet5p_jax.decoding.sampling import Sampling
 from codet5p_jax.errors import UserError
@@ -27,12 +28,15 @@ from codet5p_jax.generation_requests import (
     takes_decoder_prompt,
 )
 from codet5p_jax.sample_file import open_sample_file
+from codet5p_jax.tasks.by_name import task_name
 from codet5p_jax.tasks.problem_files import read_rows
 from codet5p_jax.tasks.prompts import Prompt, Task
 from codet5p_jax.training.run_folder import read_metrics, write_result
 from codet5p_jax.trained_model import TrainedModel, load_trained_model
 
 _logger = logging.getLogger(__name__)
+
+_PROMPT_FIELDS = ('prompt', 'prompt_id', 'decoder_prompt')
 
 
 def generate(
@@ -71,7 +75,8 @@ def generate(
   Otherwise they go to `output`, batch by batch. The same command goes on where
   it was stopped: the file ends up as if it never had been, whatever stopped it.
 
-  A row holds `prompt_id`, `prompt`, `mode`, `sample` (from 0 on), `completion`,
+  A row holds `prompt_id`, `prompt`, `decoder_prompt` (what the decoder was made
+  to begin with, if anything), `mode`, `sample` (from 0 on), `completion`,
   `log_probability` (of the completion, natural logarithm), `num_tokens`,
   `ended` ("eos", "stop_string" or "length"), `step` (updates that the weights
   had seen) and `settings` (all that the completion depends on).
@@ -117,6 +122,11 @@ def generate(
     UserError: there is no prompt, or one that is not what the mode needs, or
       the run folder or the output is not what it should be.
   """
+  if isinstance(stop_strings, str):
+    raise UserError(
+        f'expected stop strings as a tuple, found the text {stop_strings!r}; '
+        r"""set STOP_STRINGS="('\n', '\ndef')" or the like"""
+    )
   settings = GenerationSettings(
       num_samples=num_samples,
       sampling=Sampling(temperature, top_k, top_p),
@@ -151,7 +161,7 @@ def generate(
         )
   requests = [make_request(trained, mode, prompt) for prompt in given]
   generator = Generator(trained, settings, requests, batch_size)
-  told = _describe(trained, settings, given, mode, batch_size)
+  told = _describe(trained, settings, given, mode, batch_size, task)
   rows = _Rows(trained, mode, {p.prompt_id: p for p in given}, told)
   if output is None:
     completions = _print(generator, rows)
@@ -238,6 +248,14 @@ def _read_prompts(path: str) -> list[Prompt]:
           f'expected a prompt, found an empty one in {row.place}; write '
           f'something in it or remove the row'
       )
+    # Others are as their owner likes, but for those that mean one of these.
+    missing = [name for name in _PROMPT_FIELDS if name not in row.fields]
+    for name in row.fields.keys() - set(_PROMPT_FIELDS):
+      if meant := did_you_mean(name, missing):
+        raise UserError(
+            f'expected the fields {", ".join(_PROMPT_FIELDS)}, found {name} in '
+            f'{row.place}{meant}'
+        )
     decoder_text = None
     if 'decoder_prompt' in row.fields:
       decoder_text = row.text('decoder_prompt')
@@ -256,6 +274,7 @@ def _describe(
     prompts: Sequence[Prompt],
     mode: str,
     batch_size: int,
+    task: Task | None,
 ) -> dict[str, Any]:
   """All that completions depend on, in JSON values."""
   texts = json.dumps([dataclasses.astuple(prompt) for prompt in prompts])
@@ -270,6 +289,8 @@ def _describe(
       'run_dir': str(trained.folder.path.resolve()),
       'step': trained.step,
       'prompts': hashlib.sha256(texts.encode()).hexdigest()[:16],
+      # So that `postprocess` need not be told again.
+      'task': task and {'name': task_name(task), **dataclasses.asdict(task)},
   }
 
 
@@ -284,9 +305,12 @@ class _Rows:
 
   def row(self, completion: Completion) -> dict[str, Any]:
     values = dataclasses.asdict(completion)
+    prompt = self.prompts[completion.prompt_id]
+    forced = {'decoder_prompt': prompt.decoder_text}
     return {
         'prompt_id': values.pop('prompt_id'),
-        'prompt': self.prompts[completion.prompt_id].encoder_text,
+        'prompt': prompt.encoder_text,
+        **(forced if prompt.decoder_text is not None else {}),
         'mode': self.mode,
         'sample': values.pop('sample'),
         'completion': values.pop('text'),
@@ -314,6 +338,7 @@ def _print(generator: Generator, rows: _Rows) -> list[Completion]:
   ]
   kept += [rows.row(completion) for completion in completions]
   write_result(path, ''.join(f'{json.dumps(row)}\n' for row in kept))
+  _logger.info('Kept in %s, in place of the last %s.', path, rows.mode)
   return completions
 
 
@@ -327,7 +352,10 @@ def _write(
     if file.batches_done:
       done = sum(map(len, names[: file.batches_done]))
       total = sum(map(len, names))
-      _logger.info('Going on after %d of %d samples.', done, total)
+      if done < total:
+        _logger.info('Going on after %d of %d samples.', done, total)
+      else:
+        _logger.info('All of the %d samples are there.', total)
     for made in _complete(generator, file.batches_done):
       file.append([rows.row(completion) for completion in made])
       completions += made

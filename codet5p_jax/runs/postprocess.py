@@ -1,6 +1,7 @@
 """From what a model wrote to what is executed."""
 
 import json
+from typing import Any
 
 from codet5p_jax.errors import UserError
 from codet5p_jax.storage import check_output, local_path
@@ -25,19 +26,20 @@ def postprocess(
       prompt_id, sample and completion, the text that the model wrote.
     output: the file to write, one row for each sample in the same order, with
       task_id and completion instead, and all other fields as they are.
-    task_fields: fields of the task that generation set otherwise than they
-      are, as in --task_fields="{'indent_with_tabs': False}".
+    task_fields: fields of the task that are to be otherwise than in generation
+      (whose samples tell them), as in --task_fields="{'stop_strings': ()}".
 
   Raises:
     UserError: a file is not what it should be; nothing is written then.
   """
-  made = make_task(task, task_fields)
   path = local_path(output)
   check_output(path, problems, samples)
+  rows = read_rows(samples)
+  made = make_task(task, _generated_with(rows[0], task) | (task_fields or {}))
   problem_of = {str(p['task_id']): p for p in made.read_problems(problems)}
   first: dict[tuple[str, int], Row] = {}
   lines = []
-  for row in read_rows(samples):
+  for row in rows:
     prompt_id = str(row.field('prompt_id', str, int))
     key = prompt_id, row.field('sample', int)
     if key in first:
@@ -62,3 +64,21 @@ def postprocess(
       f'{output}: {len(lines):,} samples of {answered:,} of '
       f'{len(problem_of):,} problems'
   )
+
+
+def _generated_with(row: Row, task: str) -> dict[str, Any]:
+  """The fields of the task that made a sample's prompt, if it tells them.
+
+  Raises:
+    UserError: it was another task.
+  """
+  settings = row.fields.get('settings')
+  fields = settings.get('task') if isinstance(settings, dict) else None
+  if not isinstance(fields, dict):
+    return {}
+  if fields.get('name') != task:
+    raise UserError(
+        f'expected samples of the task {task}, found {fields.get("name")} in '
+        f'{row.place}; set --task or --samples'
+    )
+  return {name: fields[name] for name in fields.keys() - {'name'}}

@@ -45,3 +45,8 @@ def make_task(name: str, fields: dict | None = None) -> Task:
           f'{name}, found {value!r}; set it in --task_fields'
       )
   return classes[name](**fields)
+
+
+def task_name(task: object) -> str:
+  """The name that `make_task` knows a task by."""
+  return type(task).__module__.rpartition('.')[2]

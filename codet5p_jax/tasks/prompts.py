@@ -103,7 +103,12 @@ def cut_at_stop_strings(text: str, stop_strings: Sequence[str]) -> str:
 
 
 def check_stop_strings(stop_strings: Sequence[str]) -> None:
-  """Raises UserError: a stop string is empty, so every text would be."""
+  """Raises UserError: one is empty, so every text would be; or they are one."""
+  if isinstance(stop_strings, str):
+    raise UserError(
+        f'expected stop strings as a tuple, found the text {stop_strings!r}; '
+        f'write a tuple of texts'
+    )
   if '' in stop_strings:
     raise UserError(
         f'expected stop strings of at least one character, found '

@@ -162,6 +162,10 @@ def test_a_file_of_prompts_becomes_a_file_of_samples(
   assert [row['prompt'] for row in rows[::2]] == [
       'one', 'two', 'three', 'four', 'five'
   ]  # fmt: skip
+  assert [row.get('decoder_prompt') for row in rows[::2]] == [
+      None, None, 'drei', None, None
+  ]  # fmt: skip
+  assert 'decoder_prompt' not in rows[0]
 
 
 def test_a_prompt_that_the_decoder_would_not_get_is_told(
@@ -196,7 +200,7 @@ def test_a_stopped_command_goes_on_to_the_same_file(
     path.unlink()
   caplog.set_level('INFO')
   run('whole.jsonl')
-  assert 'Going on after 5 of 5 samples.' in caplog.text
+  assert 'All of the 5 samples are there.' in caplog.text
 
 
 def test_other_prompts_do_not_go_into_the_same_file(
@@ -206,7 +210,8 @@ def test_other_prompts_do_not_go_into_the_same_file(
   generate([], run_dir, prompts_file, output=output)
   path = tmp_path / 'prompts.jsonl'
   path.write_text(path.read_text().replace('five', 'six'))
-  with pytest.raises(UserError, match='found another prompts; set OUTPUT'):
+  told = r'another prompts \(.* now\); set OUTPUT'
+  with pytest.raises(UserError, match=told):
     generate([], run_dir, prompts_file, output=output)
 
 
@@ -220,6 +225,8 @@ def test_a_task_makes_prompts_of_its_problems(run_dir, tmp_path):
   )
   [row] = read(output)
   assert (row['prompt_id'], row['prompt']) == ('x/1', 'def f():\n\t')
+  task = row['settings']['task']
+  assert (task['name'], task['indent_with_tabs']) == ('humaneval', True)
 
 
 @pytest.mark.parametrize(
@@ -235,6 +242,7 @@ def test_a_task_makes_prompts_of_its_problems(run_dir, tmp_path):
         (['a'], {'temperature': -1.0}, 'set TEMPERATURE'),
         (['a'], {'mode': 'infill'}, 'expected <extra_id_0> in the prompt'),
         (['a'], {'mode': 'both'}, 'expected a mode among'),
+        (['a'], {'stop_strings': 'def'}, "as a tuple, found the text 'def'"),
         (['a', 'b ' * 99], {}, 'expected a shorter prompt'),
         (['a'], {'task': HumanEval()}, 'set PROBLEMS, or leave out'),
         (
@@ -261,6 +269,10 @@ def test_what_makes_no_sense_is_told(run_dir, prompts, options, told):
         ),
         ('', 'found an empty file'),
         ('{"prompt": "a", "decoder_prompt": ""}', 'empty one in row 1'),
+        (
+            '{"prompt": "a", "decoder_promt": "b"}',
+            'found decoder_promt in row 1 .*; did you mean decoder_prompt?',
+        ),
     ],
 )
 def test_a_bad_file_of_prompts_is_told(run_dir, tmp_path, content, told):

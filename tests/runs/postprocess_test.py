@@ -103,6 +103,18 @@ def test_bad_input_is_one_clear_line_and_writes_nothing(
   assert not (tmp_path / 'new').exists()
 
 
+def test_fields_are_those_of_generation(files):
+  told = {'task': {'name': 'humaneval', 'indent_with_tabs': False}}
+  rows = [{**row, 'settings': told} for row in SAMPLES]
+  write(files['samples'], rows)
+  postprocess('humaneval', **files)
+  assert read(files['output'])[0]['completion'] == '\treturn 1\n'
+  postprocess('humaneval', **files, task_fields={'indent_with_tabs': True})
+  assert read(files['output'])[0]['completion'] == '    return 1\n'
+  with pytest.raises(UserError, match='of the task mbpp, found humaneval in'):
+    postprocess('mbpp', **files)
+
+
 def test_samples_are_not_replaced_by_what_is_made_of_them(files):
   before = read(files['samples'])
   with pytest.raises(UserError, match='expected another file to write than'):
