@@ -88,6 +88,12 @@ def read_completions(
   """
   found: dict[str, list[str]] = {task_id: [] for task_id in problems}
   for row in read_rows(path):
+    if 'prompt_id' in row.fields and 'task_id' not in row.fields:
+      raise UserError(
+          f'expected the field task_id in {row.place}, found prompt_id, as '
+          f'`codet5p generate` writes it; make completions of these samples '
+          f'with `codet5p postprocess`'
+      )
     task_id = str(row.field('task_id', str, int))
     if task_id not in found:
       raise UserError(

@@ -99,6 +99,9 @@ def score(
   check_output(path, problems, samples, tests)
   result = METRICS[metric](**given)
   write_result(path, {'metric': metric, **result})
+  shares = [f'{name} {result[name]:.3f}' for name in result if '@' in name]
+  counts = [f'{count} {name}' for name, count in result['totals'].items()]
+  print(f'{", ".join(shares)}; {", ".join(counts)}'.replace('_', ' '))
   _logger.info('Wrote %s.', path)
 
 
@@ -154,6 +157,10 @@ def _score_codet(
               text, known[task].tested, tests_per_sample)))
       for task in completions
   }  # fmt: skip
+  if not any(assertions.values()):
+    _logger.warning(
+        'No row of %s has an assertion about what is tested, so nothing tells '
+        'the solutions apart.', tests)
   with _sandbox(sandbox, workers, allow_code_execution) as box:
     judged = _judge(box, known, completions, timeout)
     agreed = _judge(box, known, completions, test_timeout, assertions)

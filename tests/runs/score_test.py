@@ -48,7 +48,11 @@ def score(tmp_path, capsys, monkeypatch):
         '--samples=samples.jsonl', '--output=out/result.json', *flags])
     path = tmp_path / 'out' / 'result.json'
     result = json.loads(path.read_text()) if path.exists() else None
-    return status, result, capsys.readouterr().err
+    said = capsys.readouterr()
+    if result:
+      assert f'pass@1 {result["pass@1"]:.3f}' in said.out
+      assert f' {result["totals"]["timed_out"]} timed out' in said.out
+    return status, result, said.err
 
   return score
 
@@ -116,12 +120,13 @@ def test_codet_ranks_solutions_by_the_tests_of_the_model(score, bubblewrap):
 
 
 def test_codet_without_any_test_leaves_all_solutions_in_one_group(
-    score, bubblewrap
+    score, bubblewrap, caplog
 ):
   status, result, _ = score(
       'codet', '--tests=tests.jsonl', '--k=1', '--timeout=2', *_ALLOWED,
       tests=[{'task_id': 'T/0', 'completion': 'nonsense'}])  # fmt: skip
   assert status == 0
+  assert 'No row of tests.jsonl has an assertion about what' in caplog.text
   assert result['pass@1'] == pytest.approx((0.5 + 0.25) / 2)
 
 
@@ -165,6 +170,8 @@ def test_without_a_sandbox_only_if_spelled_out_and_with_a_warning(
     ((), {'samples': ''}, 'rows in samples.jsonl'),
     ((), {'problems': [*_PROBLEMS, _PROBLEMS[0]]}, 'T/0 in rows 1 and 3'),
     ((), {'samples': [{'task_id': 'T/9', 'completion': ''}]}, 'found T/9'),
+    ((), {'samples': [{'prompt_id': 'T/0', 'completion': ''}]},
+     'found prompt_id, as `codet5p generate` writes it; make completions'),
 ])  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line(flags, rows, said, score):
   if flags != () or rows:
