@@ -144,10 +144,8 @@ def make_request(trained: TrainedModel, mode: str, prompt: Prompt) -> Request:
   ids, start = vocabulary.task_tokens, model.decoder_start_id
   render = vocabulary.decode
   begin = [] if ids.bos is None else [ids.bos]
-  text, continued = prompt.encoder_text, prompt.decoder_text
-  forced = [] if continued is None else vocabulary.encode(continued)
-  if continued is None:
-    continued = text
+  text, forced = prompt.encoder_text, prompt.decoder_text
+  continued = text if forced is None else forced
   if mode == 'infill':
     texts = split_at_gaps(text)
     source = infilling_source(texts, vocabulary)
@@ -161,10 +159,10 @@ def make_request(trained: TrainedModel, mode: str, prompt: Prompt) -> Request:
     source, target = [ids.clm], [start, *begin, *vocabulary.encode(continued)]
   elif mode == 'seq2seq_causal_lm':
     source = [ids.clm, *begin, *vocabulary.encode(text)]
-    target = [start, *begin, *forced]
+    target = [start, *begin, *vocabulary.encode(forced or '')]
   elif mode == 'encoder_decoder':
     source = [*begin, *vocabulary.encode(text), ids.eos]
-    target = [start, *begin, *forced]
+    target = [start, *begin, *vocabulary.encode(forced or '')]
   else:  # As SequenceToSequence trains models that get the prompt twice.
     source = vocabulary.encode(text)
     target = [start, *vocabulary.encode(continued)]
