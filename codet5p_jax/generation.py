@@ -25,6 +25,7 @@ from codet5p_jax.decoding.stopping import cut_at_stop, tokens_until_stop
 from codet5p_jax.errors import UserError, require_positive
 from codet5p_jax.generation_requests import Request
 from codet5p_jax.sharding import batch_axes_size
+from codet5p_jax.tasks.prompts import check_stop_strings
 from codet5p_jax.trained_model import TrainedModel
 
 # Kept, so that what they compiled serves who asks for the same again.
@@ -63,7 +64,7 @@ class GenerationSettings:
   beam_search: BeamSearch | None = None
   max_new_tokens: int | None = 64
   max_length: int | None = None
-  stop_strings: tuple[str, ...] = ()
+  stop_strings: Sequence[str] = ()
   seed: int = 0
 
   def __post_init__(self):
@@ -77,11 +78,8 @@ class GenerationSettings:
           'expected a limit to the tokens of a completion, found none; set '
           'MAX_NEW_TOKENS or MAX_LENGTH'
       )
-    if '' in self.stop_strings:
-      raise UserError(
-          'expected stop strings of one character or more, found an empty one, '
-          'which would end every completion at once; set STOP_STRINGS'
-      )
+    check_stop_strings(self.stop_strings)
+    object.__setattr__(self, 'stop_strings', tuple(self.stop_strings))
     if self.beam_search is not None:  # Which draws nothing.
       object.__setattr__(self, 'sampling', Sampling(temperature=0.0))
     beams = self.beam_search and self.beam_search.num_beams

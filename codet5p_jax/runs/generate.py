@@ -122,11 +122,6 @@ def generate(
     UserError: there is no prompt, or one that is not what the mode needs, or
       the run folder or the output is not what it should be.
   """
-  if isinstance(stop_strings, str):
-    raise UserError(
-        f'expected stop strings as a tuple, found the text {stop_strings!r}; '
-        r"""set STOP_STRINGS="('\n', '\ndef')" or the like"""
-    )
   settings = GenerationSettings(
       num_samples=num_samples,
       sampling=Sampling(temperature, top_k, top_p),
@@ -137,7 +132,7 @@ def generate(
       ),
       max_new_tokens=max_new_tokens,
       max_length=max_length,
-      stop_strings=tuple(stop_strings),
+      stop_strings=stop_strings,
       seed=seed,
   )
   given = _gather_prompts(prompts, prompts_file, task, problems, output)

@@ -107,12 +107,12 @@ def check_stop_strings(stop_strings: Sequence[str]) -> None:
   if isinstance(stop_strings, str):
     raise UserError(
         f'expected stop strings as a tuple, found the text {stop_strings!r}; '
-        f'write a tuple of texts'
+        r"""set STOP_STRINGS="('\n', '\ndef')" or the like"""
     )
   if '' in stop_strings:
     raise UserError(
-        f'expected stop strings of at least one character, found '
-        f'{tuple(stop_strings)!r}; leave the empty one out'
+        'expected stop strings of at least one character, found an empty one, '
+        'which would end every text at once; leave it out of STOP_STRINGS'
     )
 
 
