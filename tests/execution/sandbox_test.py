@@ -427,24 +427,31 @@ def test_a_sandbox_is_refused_where_bubblewrap_is_missing(monkeypatch):
   assert '--sandbox=none' in str(raised.value)
 
 
+@pytest.fixture
+def failing_bubblewrap(monkeypatch, tmp_path):
+  """Puts a bubblewrap in place that says a line and fails."""
+
+  def install(said):
+    fake = tmp_path / 'bwrap'
+    fake.write_text(f'#!/bin/sh\necho "{said}" >&2\nexit 1\n')
+    fake.chmod(0o755)
+    monkeypatch.setattr(isolation.shutil, 'which', lambda name: str(fake))
+
+  return install
+
+
 def test_a_sandbox_is_refused_where_namespaces_cannot_be_had(
-    monkeypatch, tmp_path
+    failing_bubblewrap
 ):
-  fake = tmp_path / 'bwrap'
-  fake.write_text('#!/bin/sh\necho "bwrap: no user namespaces" >&2\nexit 1\n')
-  fake.chmod(0o755)
-  monkeypatch.setattr(isolation.shutil, 'which', lambda name: str(fake))
+  failing_bubblewrap('bwrap: no user namespaces')
   with pytest.raises(UserError, match='bwrap: no user namespaces') as raised:
     with Sandbox('bubblewrap'):
       pass
   assert '\n' not in str(raised.value)
 
 
-def test_a_bubblewrap_that_is_too_old_is_named_as_such(monkeypatch, tmp_path):
-  fake = tmp_path / 'bwrap'
-  fake.write_text('#!/bin/sh\necho bwrap: Unknown option --size >&2\nexit 1\n')
-  fake.chmod(0o755)
-  monkeypatch.setattr(isolation.shutil, 'which', lambda name: str(fake))
+def test_a_bubblewrap_that_is_too_old_is_named_as_such(failing_bubblewrap):
+  failing_bubblewrap('bwrap: Unknown option --size')
   with pytest.raises(UserError, match='bubblewrap 0.7 or newer') as raised:
     with Sandbox('bubblewrap'):
       pass
