@@ -88,12 +88,10 @@ def _interpreter() -> str:
 def _readable() -> Iterator[Path]:
   """An interpreter and the shared objects that it loads, nothing else."""
   base = Path(sys.base_prefix)
-  standard_library = {
-      Path(sysconfig.get_path(name)) for name in ('stdlib', 'platstdlib')}
   shared_objects = base.glob('lib/*.so*') if base != Path('/usr') else ()
   system = map(Path, ('/lib', '/lib64', '/usr/lib', '/usr/lib64',
                       '/etc/ld.so.cache'))  # fmt: skip
-  for path in (*system, Path(_interpreter()), *standard_library,
+  for path in (*system, Path(_interpreter()), *_standard_library(),
                *shared_objects):  # fmt: skip
     if path.exists():
       yield path
@@ -101,8 +99,18 @@ def _readable() -> Iterator[Path]:
 
 def _hidden() -> Iterator[Path]:
   """What lies within the readable, and holds packages of the user."""
-  for library in {sysconfig.get_path('stdlib'), '/usr/lib/python3'}:
+  of_the_system = Path('/usr').glob('lib*/python3*')
+  for library in {*_standard_library(), *of_the_system}:
     for name in ('site-packages', 'dist-packages'):
-      path = Path(library) / name
+      path = library / name
       if path.is_dir():
         yield path
+
+
+def _standard_library() -> set[Path]:
+  # Of the interpreter itself: in a virtual environment `platstdlib` is the
+  # folder of its packages.
+  base = {'base': sys.base_prefix, 'platbase': sys.base_exec_prefix}
+  return {
+      Path(sysconfig.get_path(name, vars=base))
+      for name in ('stdlib', 'platstdlib')}

@@ -273,6 +273,18 @@ def test_around_a_program_there_is_little(what, expected, run):
     assert statuses(outcomes) == [PASSED], outcomes
 
 
+def test_a_virtual_environment_is_not_shown_to_programs():
+  need_bubblewrap()
+  if sys.prefix == sys.base_prefix:
+    pytest.skip('these tests run in no virtual environment')
+  command = isolation.sandbox_command('bubblewrap', LIMITS, Path(), 0)
+  shown = [Path(command[index + 1]) for index, argument in enumerate(command)
+           if argument == '--ro-bind']  # fmt: skip
+  of_the_tests = Path(sys.prefix) / 'lib'
+  assert len(shown) > 3
+  assert not [path for path in shown if path.is_relative_to(of_the_tests)]
+
+
 def test_a_program_that_starts_a_thread_gets_an_exception(run):
   source = '''
 import threading
