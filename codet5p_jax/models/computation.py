@@ -58,6 +58,28 @@ class Computation:
       )
 
 
+@dataclasses.dataclass(frozen=True)
+class Pass:
+  """A use of one stack of a network.
+
+  Attributes:
+    stack: 'encoder' or 'decoder'.
+    rows: of the batch.
+    length: positions of each row.
+    source_length: positions that each row of a decoder attends to, if it has
+      an encoder.
+    writes: whether the vocabulary's logits are computed.
+    is_trained: whether there is a backward pass.
+  """
+
+  stack: str
+  rows: int
+  length: int
+  source_length: int = 0
+  writes: bool = False
+  is_trained: bool = True
+
+
 def apply_layers(
     config: Any,
     computation: Computation,

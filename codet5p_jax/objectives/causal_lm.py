@@ -62,7 +62,7 @@ class CausalLM(teacher_forcing.TeacherForced):
 
   name = 'causal_lm'
   source_length = 1
-  reads_corpus = True
+  reads = 'tokens'
 
   def __post_init__(self):
     teacher_forcing.check_fields(self, target_length=self.target_length)

@@ -96,7 +96,7 @@ class Seq2SeqCausalLM(teacher_forcing.TeacherForced):
   loss_tile_length: int = 128
 
   name = 'seq2seq_causal_lm'
-  reads_corpus = True
+  reads = 'tokens'
 
   def __post_init__(self):
     teacher_forcing.check_fields(

@@ -105,7 +105,7 @@ class SequenceToSequence(teacher_forcing.TeacherForced):
   loss_tile_length: int = 128
 
   name = 'sequence_to_sequence'
-  reads_corpus = False
+  reads = 'texts'
 
   def __post_init__(self):
     teacher_forcing.check_fields(

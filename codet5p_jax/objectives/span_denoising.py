@@ -180,7 +180,7 @@ class SpanDenoising(teacher_forcing.TeacherForced):
   untrained_sentinels: bool = False
 
   name = 'span_denoising'
-  reads_corpus = True
+  reads = 'tokens'
 
   def __post_init__(self):
     teacher_forcing.check_fields(

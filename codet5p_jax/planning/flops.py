@@ -12,14 +12,12 @@ What a compiled step really does is read in planning/hlo.py.
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
-
-import jax
 
 from codet5p_jax.layers.embedding import padded_vocab_size
 from codet5p_jax.models.codegen import CodeGenConfig
-from codet5p_jax.models.computation import Computation
+from codet5p_jax.models.computation import Computation, Pass
 from codet5p_jax.models.shallow_encoder_deep_decoder import (
     ShallowEncoderDeepDecoderConfig,
 )
@@ -57,36 +55,48 @@ def forward_flops(
     source_length: tokens of a row of the encoder, if there is one.
     target_length: tokens of a row of the decoder.
   """
-  work = _count(config, source_length, target_length, (), Computation())
-  return 2 * rows * work.forward
+  passes = (
+      Pass('encoder', rows, source_length),
+      Pass('decoder', rows, target_length, source_length, writes=True),
+  )
+  return training_flops(config, passes, (), Computation()).forward
 
 
 def training_flops(
     config: Any,
-    batch_spec: Mapping[str, jax.ShapeDtypeStruct],
+    passes: Iterable[Pass],
     trainable: Collection[str],
     computation: Computation,
 ) -> StepFlops:
-  """FLOPs of one batch of a teacher-forced objective, backward included.
+  """FLOPs of one batch of an objective, backward included.
 
   Where all is trained the backward pass makes two products for each of the
   forward pass.
 
   Args:
-    config: of the model.
-    batch_spec: the objective's `batch_spec(rows)`, of which
-      `encoder_input_tokens` [rows, source] and `decoder_target_tokens`
-      [rows, target] are read.
+    config: of the model. Passes of an encoder that it lacks are no work.
+    passes: an objective's `passes(rows)`.
     trainable: paths of the trainable parameters, as `computation` lays out the
       layers.
     computation: decides what is computed again.
   """
-  rows, source_length = batch_spec['encoder_input_tokens'].shape
-  _, target_length = batch_spec['decoder_target_tokens'].shape
-  work = _count(config, source_length, target_length, trainable, computation)
-  return StepFlops(
-      *(2 * rows * n for n in (work.forward, work.backward, work.recomputed))
-  )
+  total = [0, 0, 0]
+  for each in passes:
+    work = _Work(frozenset(trainable if each.is_trained else ()))
+    if each.stack == 'encoder':
+      _count_encoder(work, config, each.length, computation)
+    else:
+      # What the decoder looks at was counted with the pass that made it.
+      before = _Work(work.trainable)
+      encoded = _count_encoder(
+          before, config, each.source_length, computation
+      )
+      _count_decoder(work, config, encoded, each, computation)
+    for index, count in enumerate(
+        (work.forward, work.backward, work.recomputed)
+    ):
+      total[index] += 2 * each.rows * count
+  return StepFlops(*total)
 
 
 @dataclasses.dataclass
@@ -180,23 +190,40 @@ class _Sequence:
   depends: bool
 
 
-def _count(
-    config: Any,
-    source_length: int,
-    target_length: int,
-    trainable: Collection[str],
-    computation: Computation,
-) -> _Work:
-  work = _Work(frozenset(trainable))
+def _count_encoder(
+    work: _Work, config: Any, length: int, computation: Computation
+) -> _Sequence | None:
+  """What the decoder looks at; None where there is no encoder."""
+  if isinstance(config, CodeGenConfig):
+    return None
   if isinstance(config, ShallowEncoderDeepDecoderConfig):
-    _count_composite(work, config, source_length, target_length, computation)
-  elif isinstance(config, CodeGenConfig):
-    x = _codegen_embeddings(work, 'decoder', config, target_length)
+    return _composite_encoder(work, config, length, computation)
+  return _t5_encoder(work, config, length, computation)
+
+
+def _count_decoder(
+    work: _Work,
+    config: Any,
+    encoded: _Sequence | None,
+    of: Pass,
+    computation: Computation,
+) -> None:
+  if isinstance(config, CodeGenConfig):
+    x = _codegen_embeddings(work, 'decoder', config, of.length)
     x = _codegen_layers(work, 'decoder', config, x, computation)
-    _codegen_head(work, config, x)
+  elif isinstance(config, ShallowEncoderDeepDecoderConfig):
+    x = _composite_decoder(work, config, encoded, of.length, computation)
+    config = config.decoder
   else:
-    _count_t5(work, config, source_length, target_length, computation)
-  return work
+    x = _t5_decoder(work, config, encoded, of.length, computation)
+    if of.writes:
+      rows = padded_vocab_size(config.vocab_size)
+      table = 'token_embedder/embedding'
+      work.product(table, x.length * x.embed * rows, x.depends)
+    return
+  if of.writes:
+    rows = padded_vocab_size(config.vocab_size)
+    work.dense('decoder/output_head', x.length * x.embed * rows, x.depends)
 
 
 def _layer_paths(
@@ -238,47 +265,59 @@ def _or(x: _Sequence, depends: bool) -> _Sequence:
   return dataclasses.replace(x, depends=x.depends or depends)
 
 
-def _count_t5(
+def _t5_layer(
     work: _Work,
+    layer: str,
     config: Any,
-    source_length: int,
-    target_length: int,
-    computation: Computation,
-) -> None:
-  """The T5 stack: sub-layers in turn, each with a norm of its own."""
+    x: _Sequence,
+    bias: bool,
+    attention_norm: str,
+    encoded: _Sequence | None = None,
+) -> _Sequence:
+  """Sub-layers in turn, each with a norm of its own."""
   width = config.num_heads * config.head_dim
-  table = 'token_embedder/embedding'
 
-  def attend(layer, kind, norm, x, keys, bias_depends=False):
+  def attend(kind, norm, x, keys, bias_depends=False):
     y = _or(x, work.learns(f'{layer}/{norm}'))
     path = f'{layer}/{kind}'
     return _or(x, _attention(work, path, width, y, keys or y, bias_depends))
 
-  def feed_forward(layer, x):
-    y = _or(x, work.learns(f'{layer}/pre_mlp_layer_norm'))
-    return _or(x, _mlp(work, f'{layer}/mlp', config.mlp_dim, y))
+  x = attend('self_attention', attention_norm, x, None, bias)
+  if encoded is not None:
+    norm = 'pre_cross_attention_layer_norm'
+    x = attend('cross_attention', norm, x, encoded)
+  y = _or(x, work.learns(f'{layer}/pre_mlp_layer_norm'))
+  return _or(x, _mlp(work, f'{layer}/mlp', config.mlp_dim, y))
 
-  x = _Sequence(source_length, config.emb_dim, table in work.trainable)
+
+def _t5_encoder(
+    work: _Work, config: Any, length: int, computation: Computation
+) -> _Sequence:
+  depends = 'token_embedder/embedding' in work.trainable
+  x = _Sequence(length, config.emb_dim, depends)
   bias = work.learns('encoder/relative_position_bias')
+  norm = 'pre_attention_layer_norm'
   for layer in _layer_paths('encoder', config.num_encoder_layers, computation):
     with work.layer(computation.remat_policy):
-      norm = 'pre_attention_layer_norm'
-      x = attend(layer, 'self_attention', norm, x, None, bias)
-      x = feed_forward(layer, x)
-  encoded = _or(x, work.learns('encoder/final_layer_norm'))
+      x = _t5_layer(work, layer, config, x, bias, norm)
+  return _or(x, work.learns('encoder/final_layer_norm'))
 
-  x = _Sequence(target_length, config.emb_dim, table in work.trainable)
+
+def _t5_decoder(
+    work: _Work,
+    config: Any,
+    encoded: _Sequence,
+    length: int,
+    computation: Computation,
+) -> _Sequence:
+  depends = 'token_embedder/embedding' in work.trainable
+  x = _Sequence(length, config.emb_dim, depends)
   bias = work.learns('decoder/relative_position_bias')
+  norm = 'pre_self_attention_layer_norm'
   for layer in _layer_paths('decoder', config.num_decoder_layers, computation):
     with work.layer(computation.remat_policy):
-      norm = 'pre_self_attention_layer_norm'
-      x = attend(layer, 'self_attention', norm, x, None, bias)
-      norm = 'pre_cross_attention_layer_norm'
-      x = attend(layer, 'cross_attention', norm, x, encoded)
-      x = feed_forward(layer, x)
-  x = _or(x, work.learns('decoder/final_layer_norm'))
-  rows = padded_vocab_size(config.vocab_size)
-  work.product(table, x.length * x.embed * rows, x.depends)
+      x = _t5_layer(work, layer, config, x, bias, norm, encoded)
+  return _or(x, work.learns('decoder/final_layer_norm'))
 
 
 def _codegen_embeddings(
@@ -319,29 +358,32 @@ def _parallel_layer(
   return _or(x, attended or fed or crossed)
 
 
-def _codegen_head(work: _Work, config: CodeGenConfig, x: _Sequence) -> None:
-  rows = padded_vocab_size(config.vocab_size)
-  work.dense('decoder/output_head', x.length * x.embed * rows, x.depends)
-
-
-def _count_composite(
+def _composite_encoder(
     work: _Work,
     config: ShallowEncoderDeepDecoderConfig,
-    source_length: int,
-    target_length: int,
+    length: int,
     computation: Computation,
-) -> None:
-  """A shallow encoder and a deep decoder, whose last layer attends to it."""
+) -> _Sequence:
+  """A shallow encoder, and the map to the width of the decoder."""
   encoder, decoder = config.encoder, config.decoder
-  x = _codegen_embeddings(work, 'encoder', encoder, source_length)
+  x = _codegen_embeddings(work, 'encoder', encoder, length)
   x = _codegen_layers(work, 'encoder', encoder, x, computation)
-  size = source_length * encoder.emb_dim * decoder.emb_dim
+  size = length * encoder.emb_dim * decoder.emb_dim
   depends = work.dense('encoder_to_decoder', size, x.depends)
-  encoded = _Sequence(source_length, decoder.emb_dim, depends)
+  return _Sequence(length, decoder.emb_dim, depends)
 
-  x = _codegen_embeddings(work, 'decoder', decoder, target_length)
+
+def _composite_decoder(
+    work: _Work,
+    config: ShallowEncoderDeepDecoderConfig,
+    encoded: _Sequence,
+    length: int,
+    computation: Computation,
+) -> _Sequence:
+  """A deep decoder, whose last layer attends to the encoder."""
+  decoder = config.decoder
+  x = _codegen_embeddings(work, 'decoder', decoder, length)
   for layer in _layer_paths('decoder', decoder.num_layers - 1, computation):
     x = _parallel_layer(work, layer, decoder, x)
   x = _parallel_layer(work, 'decoder/last_layer', decoder, x, encoded)
-  x = _or(x, work.learns('decoder/final_layer_norm'))
-  _codegen_head(work, decoder, x)
+  return _or(x, work.learns('decoder/final_layer_norm'))

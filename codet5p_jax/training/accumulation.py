@@ -48,10 +48,9 @@ def accumulate(
           objective,
           objective_state,
           microbatch,
-          key if config.computation.dropout_rate > 0 else None,
+          key,
       )
-      sums = {'loss': (loss, output.weight), **output.metrics}
-      return output.state, (grads, output.weight, sums)
+      return output.state, (grads, output.weight, output.with_loss(loss))
 
     count = jax.tree.leaves(batch)[0].shape[0]
     if count == 1:

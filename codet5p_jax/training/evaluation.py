@@ -21,7 +21,6 @@ def evaluate_objectives(
     train_step: TrainStep,
     params: Tree,
     frozen_params: Tree,
-    objective_state: Tree,
     datasets: Mapping[str, Any],
     num_batches: int | None,
     after_batch: Callable[[], None] = lambda: None,
@@ -32,7 +31,6 @@ def evaluate_objectives(
     train_step: of the run.
     params: the trainable parameters.
     frozen_params: the others.
-    objective_state: {objective name: its state}.
     datasets: {objective name: examples}, see `evaluation_examples`.
     num_batches: at most so many batches of each; None for all.
     after_batch: called after each batch.
@@ -58,13 +56,7 @@ def evaluate_objectives(
         num_batches,
         train_step,
     ):
-      metrics = train_step.evaluate(
-          params,
-          frozen_params,
-          objective_state[objective.name],
-          batch,
-          objective,
-      )
+      metrics = train_step.evaluate(params, frozen_params, batch, objective)
       sums = metrics if sums is None else jax.tree.map(jnp.add, sums, metrics)
       if 'decoder_target_tokens' in batch:
         new = count_targets(

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from codet5p_jax.training.event_file import EventFile
 from codet5p_jax.training.run_folder import RunFolder, append_metrics
 from codet5p_jax.training.timeline import Timeline
-from codet5p_jax.training.train_step import Metrics
+from codet5p_jax.training.objective import Metrics
 
 _logger = logging.getLogger(__name__)
 
@@ -26,8 +27,9 @@ class RunLog:
   A row of metrics.jsonl is a JSON object:
     step                updates made
     kind                "train" or "evaluation"
-    <objective>/loss    mean negative log-likelihood of a target token, nats
-    <objective>/perplexity   exp of the loss
+    <objective>/loss    mean negative log-likelihood of a target token, nats;
+                        of `bimodal` the sum of the means of its losses
+    <objective>/perplexity   exp of the loss, where that is of target tokens
     <objective>/accuracy   share of target tokens that were the likeliest
     <objective>/unigram_entropy   of the targets of an evaluation, in nats
     <objective>/tokens  target tokens of this step (of the evaluation)
@@ -44,6 +46,11 @@ class RunLog:
     mfu                 model FLOPs of those steps, as a share of what the
                         devices could have done at most; "n/a" where no table
                         has their peak
+  Beside these `bimodal` has <loss>_loss and <loss>_accuracy of its losses,
+  contrastive (of a text or code), matching (of a verdict), text_to_code and
+  code_to_text (of a target token), and the temperature of its similarities.
+  What a pair is compared with is the batch and the queue, in an evaluation the
+  batch alone, so those losses do not compare.
   In evaluations sentinels and the first <s> count neither as targets nor as
   tokens, so losses of denoising are higher there than in training. Losses of
   training are those of the very step, so a resumed run repeats them exactly. A
@@ -254,17 +261,24 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
 def means(metrics: Metrics) -> dict[str, float]:
   """Fetches metrics from the devices and divides sums by weights.
 
-  The weight of an objective's loss is its number of target tokens. Beside each
-  loss stands its perplexity, which stays finite however large the loss.
+  Beside a loss that is a mean over target tokens stands its perplexity, which
+  stays finite however large the loss. `tokens` are a sum.
   """
+  fetched = jax.device_get(metrics)
   values = {}
-  for name, (total, weight) in jax.device_get(metrics).items():
-    values[name] = float(total) / float(weight) if weight else 0.0
+  for name, (total, weight) in fetched.items():
     objective, _, metric = name.rpartition('/')
-    if metric == 'loss':
+    if metric == 'tokens':
+      values[name] = float(total)
+      continue
+    values[name] = float(total) / float(weight) if weight else 0.0
+    if metric != 'loss':
+      continue
+    tokens, _ = fetched[f'{objective}/tokens'.lstrip('/')]
+    # In a damaged batch neither is a number.
+    if np.array_equal(tokens, weight, equal_nan=True):
       perplexity = math.exp(min(values[name], _MAX_LOSS_OF_PERPLEXITY))
       values[f'{objective}/perplexity'.lstrip('/')] = perplexity
-      values[f'{objective}/tokens'.lstrip('/')] = float(weight)
   return values
 
 

@@ -18,7 +18,7 @@ class AdamW:
     warmup_steps: of linear rise from 0.
     decay_steps: step at which the linear decay reaches 0, the warm-up
       included; the run's number of steps.
-    weight_decay: of matrices; norms and biases are not decayed.
+    weight_decay: of matrices; norms, biases and a temperature are not decayed.
     beta1: of the first moment.
     beta2: of the second moment.
     epsilon: added to the root of the second moment.
@@ -76,9 +76,12 @@ class AdamW:
 
 
 def _is_decayed(params: Tree) -> Tree:
-  """Decays all but norm scales and biases, as is usual for transformers."""
+  """Decays all but norm scales and biases, as is usual for transformers.
+
+  A `value`, such as the temperature, has no reason to be near 0 either.
+  """
   return jax.tree_util.tree_map_with_path(
-      lambda path, _: path[-1].key not in ('scale', 'bias'), params
+      lambda path, _: path[-1].key not in ('scale', 'bias', 'value'), params
   )
 
 

@@ -15,11 +15,8 @@ import numpy.typing as npt
 from codet5p_jax.array_typing import PRNGKey, Scalar, Tree
 from codet5p_jax.errors import UserError, require_positive
 from codet5p_jax.losses import cross_entropy
-from codet5p_jax.training.train_step import (
-    Batch,
-    Objective,
-    ObjectiveOutput,
-)
+from codet5p_jax.models.computation import Pass
+from codet5p_jax.training.objective import Batch, Objective, ObjectiveOutput
 
 if TYPE_CHECKING:
   from codet5p_jax.data.task_tokens import TaskTokens
@@ -133,15 +130,15 @@ def loss(
     key: of the dropout; None for none.
     tile_length: see `cross_entropy`.
   """
-  rngs = None if key is None else {'dropout': key}
+  drops = key is not None and model.computation.dropout_rate > 0
   targets = batch['decoder_target_tokens']
   weights = batch['decoder_loss_weights']
   hidden = model.apply(
       {'params': params},
       batch['encoder_input_tokens'],
       shift_right(targets, model.config.decoder_start_id),
-      deterministic=key is None,
-      rngs=rngs,
+      deterministic=not drops,
+      rngs={'dropout': key} if drops else None,
   )
   head = model.apply({'params': params}, method='output_head')
   loss_sum, correct = cross_entropy(
@@ -149,7 +146,10 @@ def loss(
   )
   weight = jnp.sum(weights)
   return loss_sum, ObjectiveOutput(
-      weight=weight, metrics={'accuracy': (correct, weight)}, state=state
+      weight=weight,
+      tokens=weight,
+      metrics={'accuracy': (correct, weight)},
+      state=state,
   )
 
 
@@ -160,6 +160,8 @@ class TeacherForced:
   `loss_tile_length`, and makes unpadded pairs in `source_and_target(row,
   generator, vocabulary)`.
   """
+
+  accumulates = True
 
   def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     return batch_spec(batch_size, self.source_length, self.target_length)
@@ -185,7 +187,22 @@ class TeacherForced:
           f'or train with objectives/causal_lm.gin'
       )
 
-  def init_state(self, model: Any, params: Tree) -> dict[str, Any]:
+  def passes(self, batch_size: int) -> list[Pass]:
+    return [
+        Pass('encoder', batch_size, self.source_length),
+        Pass(
+            'decoder',
+            batch_size,
+            self.target_length,
+            source_length=self.source_length,
+            writes=True,
+        ),
+    ]
+
+  def init_state(self, params: Tree, batch_size: int) -> dict[str, Any]:
+    return {}
+
+  def state_axes(self, parameter_axes: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
   def loss(self, model, params, state, batch, key):

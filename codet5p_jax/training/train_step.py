@@ -6,7 +6,7 @@ update from the mean loss over all their target tokens.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from codet5p_jax.array_typing import PRNGKey, Scalar, Tree
+from codet5p_jax.array_typing import Tree
 from codet5p_jax.errors import UserError, require_positive
 from codet5p_jax.layers import quantization
 from codet5p_jax.models.computation import Computation
@@ -30,6 +30,12 @@ from codet5p_jax.sharding import (
     tree_shardings,
 )
 from codet5p_jax.training.accumulation import accumulate
+from codet5p_jax.training.objective import (
+    Batch,
+    Metrics,
+    Objective,
+    StepBatch,
+)
 from codet5p_jax.training.partition import merge_params, partition_params
 from codet5p_jax.training.step_health import (
     BadSteps,
@@ -37,74 +43,6 @@ from codet5p_jax.training.step_health import (
     judge_step,
     keep_unless,
 )
-
-# Arrays of one objective, or their shapes: {feature: [batch, ...]}.
-Batch = Mapping[str, Any]
-# {objective name: {feature: [micro-batches, batch, ...]}}.
-StepBatch = Mapping[str, Batch]
-# {name: (sum, weight)}: a mean is taken only when it is logged.
-Metrics = dict[str, tuple[Scalar, Scalar]]
-
-
-@flax.struct.dataclass
-class ObjectiveOutput:
-  """What a loss returns beside its sum.
-
-  Attributes:
-    weight: sum of the weights over which the loss is averaged.
-    metrics: {name: (sum, weight)}.
-    state: the objective's state after this batch.
-  """
-
-  weight: Scalar
-  metrics: Metrics
-  state: Tree
-
-
-@runtime_checkable
-class Objective(Protocol):
-  """How data become examples, what a batch holds, how it becomes a loss.
-
-  Attributes:
-    name: under which its batches, metrics and state are kept.
-    rate: how often it is drawn, relative to the other objectives.
-    first_step: the step from which on it is drawn; 0 for the whole run.
-    batch_scale: rows of its micro-batches, in multiples of the run's.
-    reads_corpus: whether its data is a corpus folder.
-  """
-
-  name: str
-  rate: float
-  first_step: int
-  batch_scale: int
-  reads_corpus: bool
-
-  def rows(self, data_dir: str, split: str, vocabulary: Any) -> Sequence[Any]:
-    """The data of a split, by index; an example is made of each row."""
-
-  def example(
-      self, row: Any, generator: np.random.Generator, vocabulary: Any
-  ) -> dict[str, np.ndarray]:
-    """Makes an example: one row of a batch, {feature: [...]}."""
-
-  def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a batch, from configuration alone."""
-
-  def check_model(self, model: Any) -> None:
-    """Raises a UserError where a model's configuration does not suit it."""
-
-  def init_state(self, model: nn.Module, params: Tree) -> Tree:
-    """State that gradients do not train, such as a queue; often {}."""
-
-  def loss(
-      self,
-      model: nn.Module,
-      params: Tree,
-      state: Tree,
-      batch: Batch,
-      key: PRNGKey | None,
-  ) -> tuple[Scalar, ObjectiveOutput]:
-    """Returns the sum of losses; `key` is None where nothing is random."""
 
 
 @flax.struct.dataclass
@@ -198,6 +136,13 @@ class StepConfig:
       )
     for objective in self.objectives:
       objective.check_model(self.model)
+      if self.num_microbatches > 1 and not objective.accumulates:
+        raise UserError(
+            f'expected one micro-batch with {objective.name}, whose rows are '
+            f'compared with each other, found {self.num_microbatches}; set '
+            f'NUM_MICROBATCHES=1, and to save memory REMAT_POLICY=full or more '
+            f'devices'
+        )
 
   @property
   def microbatch_size(self) -> int:
@@ -223,8 +168,8 @@ class TrainStep:
       is consumed. A bad step changes nothing but `step` and `health`.
     gradients: (TrainState, StepBatch) -> (mean gradients, Metrics), as in
       `step`; nothing is consumed.
-    evaluate: (params, frozen_params, the objective's state, {feature: [batch,
-      ...]}, objective) -> Metrics, without dropout.
+    evaluate: (params, frozen_params, {feature: [batch, ...]}, objective) ->
+      Metrics, without dropout.
     abstract_state: shapes, dtypes and shardings of the state.
     axis_names: logical names of the axes of every parameter, by path.
     batch_sharding: of every feature [micro-batches, batch, ...].
@@ -237,7 +182,7 @@ class TrainStep:
   init: Callable[..., TrainState]
   step: Callable[[TrainState, StepBatch], tuple[TrainState, Metrics]]
   gradients: Callable[[TrainState, StepBatch], tuple[Tree, Metrics]]
-  evaluate: Callable[[Tree, Tree, Tree, Batch, Objective], Metrics]
+  evaluate: Callable[[Tree, Tree, Batch, Objective], Metrics]
   abstract_state: TrainState
   axis_names: Mapping[str, tuple[str | None, ...]]
   batch_sharding: NamedSharding
@@ -258,7 +203,7 @@ def make_train_step(config: StepConfig, mesh: Mesh) -> TrainStep:
     return model.init_params(jax.random.key(config.seed))
 
   names = _axis_names(draw)
-  init = _make_init(config, model, optimizer, draw, names)
+  init = _make_init(config, optimizer, draw, names)
   shapes = jax.eval_shape(init, {})
   state_shardings = _state_shardings(shapes, names, config, mesh)
   abstract_state = jax.tree.map(
@@ -283,12 +228,10 @@ def make_train_step(config: StepConfig, mesh: Mesh) -> TrainStep:
 
   measure = _make_measure(config, mesh, loss_sum)
 
-  def evaluate(params, frozen, objective_state, batch, objective):
+  def evaluate(params, frozen, batch, objective):
     with activation_sharding(mesh, config.rules):
-      loss, output = loss_sum(
-          params, frozen, objective, objective_state, batch, None
-      )
-    return {'loss': (loss, output.weight), **output.metrics}
+      loss, output = loss_sum(params, frozen, objective, {}, batch, None)
+    return output.with_loss(loss)
 
   return TrainStep(
       config=config,
@@ -311,11 +254,10 @@ def make_train_step(config: StepConfig, mesh: Mesh) -> TrainStep:
           in_shardings=(
               state_shardings.params,
               state_shardings.frozen_params,
-              replicated,
               evaluation_sharding,
           ),
           out_shardings=replicated,
-          static_argnums=4,
+          static_argnums=3,
       ),
       abstract_state=abstract_state,
       axis_names=names,
@@ -326,7 +268,6 @@ def make_train_step(config: StepConfig, mesh: Mesh) -> TrainStep:
 
 def _make_init(
     config: StepConfig,
-    model: nn.Module,
     optimizer: optax.GradientTransformation,
     draw: Callable[[], Tree],
     names: Mapping[str, tuple[str | None, ...]],
@@ -345,7 +286,9 @@ def _make_init(
         frozen_params=frozen,
         opt_state=optimizer.init(params),
         objective_state={
-            objective.name: objective.init_state(model, everything)
+            objective.name: objective.init_state(
+                everything, config.microbatch_rows(objective)
+            )
             for objective in config.objectives
         },
         health=first_health(o.name for o in config.objectives),
@@ -523,11 +466,15 @@ def _state_shardings(
 ) -> TrainState:
   """Shardings of the state: slots are placed as their parameters are."""
 
+  # Frozen kernels may have scales beside them, whose names follow.
+  stored = {}
+  for path, axes in names.items():
+    stored |= quantization.stored_names(path, axes, config.frozen_dtype)
+  paths = flax.traverse_util.flatten_dict(
+      merge_params(state.params, state.frozen_params), sep='/'
+  )
+
   def shardings(params):
-    # Frozen kernels may have scales beside them, whose names follow.
-    stored = {}
-    for path, axes in names.items():
-      stored |= quantization.stored_names(path, axes, config.frozen_dtype)
     flat = flax.traverse_util.flatten_dict(params, sep='/')
     flat = {path: stored[path] for path in flat}
     return flax.traverse_util.unflatten_dict(
@@ -553,9 +500,14 @@ def _state_shardings(
       params=params,
       frozen_params=frozen,
       opt_state=jax.tree_util.tree_map_with_path(slot, state.opt_state),
-      objective_state=jax.tree.map(
-          lambda _: replicated, state.objective_state
-      ),
+      objective_state={
+          objective.name: tree_shardings(
+              objective.state_axes({path: stored[path] for path in paths}),
+              mesh,
+              config.rules,
+          )
+          for objective in config.objectives
+      },
       health=jax.tree.map(lambda _: replicated, state.health),
   )
 

@@ -221,7 +221,7 @@ def test_int8_moves_the_loss_of_a_trained_decoder_by_half_a_percent_at_most():
     state = step.init(given)
     [objective] = config.objectives
     metrics = step.evaluate(
-        state.params, state.frozen_params, {}, validation, objective
+        state.params, state.frozen_params, validation, objective
     )
     total, weight = metrics['loss']
     return float(total / weight)

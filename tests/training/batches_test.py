@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from codet5p_jax.errors import UserError
+from codet5p_jax.objectives.causal_lm import CausalLM
 from codet5p_jax.sharding import make_mesh
 from codet5p_jax.training.batches import (
     TrainBatches,
@@ -22,9 +23,11 @@ from codet5p_jax.training.batches import (
     evaluation_examples,
     training_examples,
     training_row_numbers,
+    unpadded_example,
 )
 from codet5p_jax.training.optimizers import SGD
 from codet5p_jax.training.train_step import make_train_step, microbatch_counts
+from tests.objectives.causal_lm_test import FRAMED, UNFRAMED, Bytes
 from tests.training import small
 
 ROWS = 40  # No multiple of the batch size, 16.
@@ -53,8 +56,9 @@ class Numbers:
   """An objective whose examples are those of `dataset`, by their numbers."""
 
   name, rate, first_step, batch_scale = 'numbers', 1.0, 0, 1
-  reads_corpus = False
-  batch_spec = check_model = init_state = loss = len  # Not asked for here.
+  reads, accumulates = 'texts', True
+  # Not asked for here.
+  batch_spec = check_model = passes = init_state = state_axes = loss = len
 
   def __init__(self, source):
     self._source = source
@@ -273,6 +277,23 @@ def test_an_evaluation_draws_the_same_each_time_and_weighs_no_marker():
     assert example['decoder_loss_weights'].tolist() == [0, 1, 0, 1, 1, 0]
     assert example['random'] == same['random']
   assert len({int(example['random'][0]) for example in first}) == 5
+
+
+def test_examples_without_padding_keep_an_end_that_is_the_padding_too():
+  row = {
+      'tokens': np.array([7, 2, 8], np.int32),
+      'word_starts': np.array([True, True, False]),
+  }
+  for task_tokens, expected in (
+      (FRAMED, [1, 7, 2, 8, 2]), (UNFRAMED, [7, 2, 8, 50])
+  ):  # fmt: skip
+    example = unpadded_example(
+        CausalLM(target_length=9), row, np.random.default_rng(0),
+        Bytes(task_tokens),
+    )  # fmt: skip
+    assert {name: ids.tolist() for name, ids in example.items()} == {
+        'encoder_input': [task_tokens.clm], 'decoder_target': expected
+    }  # fmt: skip
 
 
 def test_an_objective_may_have_larger_batches():

@@ -94,9 +94,8 @@ def test_an_evaluation_is_the_mean_over_all_target_tokens(
     train_step, params, num_batches, rows
 ):
   values = evaluate_objectives(
-      train_step, *params, {o.name: {} for o in CONFIG.objectives},
-      datasets(), num_batches,
-  )  # fmt: skip
+      train_step, *params, datasets(), num_batches
+  )
   everything = jax.device_put(merge_params(*params), jax.devices()[0])
   expected = {
       f'{o.name}/{metric}': value
@@ -120,9 +119,8 @@ def test_an_evaluation_of_no_batches_is_one_clear_line(
 ):
   with pytest.raises(UserError, match=f'found {num_batches}') as error:
     evaluate_objectives(
-        train_step, *params, {o.name: {} for o in CONFIG.objectives},
-        datasets(), num_batches,
-    )  # fmt: skip
+        train_step, *params, datasets(), num_batches
+    )
   assert '\n' not in str(error.value)
 
 
@@ -142,9 +140,8 @@ def test_whoever_ends_an_evaluation_has_the_devices_for_itself(
 
   with pytest.raises(InterruptedError):
     evaluate_objectives(
-        train_step, *params, {o.name: {} for o in CONFIG.objectives},
-        datasets(), None, be_told,
-    )  # fmt: skip
+        train_step, *params, datasets(), None, be_told
+    )
   [arrays] = awaited
   assert all(isinstance(array, jax.Array) for array in arrays)
   # Sums, and how often each token is a target.

@@ -335,6 +335,7 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch, capsys):
 def test_means_divide_sums_by_weights_and_count_tokens():
   metrics = {
       'pairs/loss': (jnp.float32(30.0), jnp.float32(20.0)),
+      'pairs/tokens': (jnp.float32(20.0), jnp.float32(0.0)),
       'pairs/accuracy': (jnp.float32(5.0), jnp.float32(20.0)),
       'grad_norm': (jnp.float32(3.0), jnp.float32(1.0)),
   }
@@ -350,7 +351,10 @@ def test_means_divide_sums_by_weights_and_count_tokens():
 
 
 def test_metrics_of_one_objective_have_no_prefix():
-  metrics = {'loss': (jnp.float32(30.0), jnp.float32(20.0))}
+  metrics = {
+      'loss': (jnp.float32(30.0), jnp.float32(20.0)),
+      'tokens': (jnp.float32(20.0), jnp.float32(0.0)),
+  }
   assert means(metrics) == {
       'loss': 1.5,
       'perplexity': math.exp(1.5),
@@ -358,14 +362,26 @@ def test_metrics_of_one_objective_have_no_prefix():
   }
 
 
+def test_a_loss_of_other_things_than_tokens_has_no_perplexity():
+  metrics = {
+      'pairs/loss': (jnp.float32(30.0), jnp.float32(20.0)),
+      'pairs/tokens': (jnp.float32(21.0), jnp.float32(0.0)),
+  }
+  assert means(metrics) == {'pairs/loss': 1.5, 'pairs/tokens': 21.0}
+
+
 def test_a_perplexity_is_finite_however_large_the_loss():
-  metrics = {'pairs/loss': (jnp.float32(1e30), jnp.float32(2.0))}
+  metrics = {
+      'pairs/loss': (jnp.float32(1e30), jnp.float32(2.0)),
+      'pairs/tokens': (jnp.float32(2.0), jnp.float32(0.0)),
+  }
   perplexity = means(metrics)['pairs/perplexity']
   assert np.isfinite(np.float32(perplexity)) and perplexity > 1e30
 
 
 def test_the_mean_of_nothing_is_0():
-  metrics = {'pairs/loss': (jnp.float32(0.0), jnp.float32(0.0))}
+  nothing = (jnp.float32(0.0), jnp.float32(0.0))
+  metrics = {'pairs/loss': nothing, 'pairs/tokens': nothing}
   assert means(metrics) == {
       'pairs/loss': 0.0,
       'pairs/perplexity': 1.0,

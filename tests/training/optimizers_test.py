@@ -64,3 +64,14 @@ def test_schedule_rises_to_its_peak_and_ends_at_zero():
 def test_a_warm_up_longer_than_the_run_is_refused():
   with pytest.raises(UserError, match='found 10 and 10; lower WARMUP_STEPS'):
     AdamW(1.0, 10, 10, 0.0)
+
+
+def test_norms_biases_and_the_temperature_are_not_decayed():
+  params = {
+      name: jnp.ones(3) for name in ('kernel', 'scale', 'bias', 'value')
+  }
+  optimizer = AdamW(0.5, 0, 100, weight_decay=0.1).make()
+  gradients = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+  moved = {name for name, update in updates.items() if np.any(update)}
+  assert moved == {'kernel'}

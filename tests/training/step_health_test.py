@@ -223,8 +223,11 @@ def assert_same_bits(found, expected):
 class Remembering(type(small.PAIRS)):
   """An objective whose state is the sum of the tokens it has seen."""
 
-  def init_state(self, model, params):
+  def init_state(self, params, batch_size):
     return {'seen': jnp.zeros((), jnp.int32)}
+
+  def state_axes(self, parameter_axes):
+    return {'seen': ()}
 
   def loss(self, model, params, state, batch, key):
     total, output = super().loss(model, params, state, batch, key)
