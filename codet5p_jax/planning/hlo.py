@@ -1,16 +1,19 @@
-"""Matrix products of a compiled program, read from its optimised HLO.
+"""What a compiled program does, read from its optimised HLO.
 
-XLA's own count takes the body of a loop once, whatever the number of rounds,
-and mixes in what is no matrix product. Here each product counts as often as it
-runs. CPUs and GPUs call it `dot`; a TPU's compiler turns it into a
-`convolution`, whose window may stand for batch axes.
+Matrix products: XLA's own count takes the body of a loop once, whatever the
+number of rounds, and mixes in what is no matrix product. Here each product
+counts as often as it runs. CPUs and GPUs call it `dot`; a TPU's compiler turns
+it into a `convolution`, whose window may stand for batch axes.
+
+Collectives: the bytes that devices exchange, by the kind of exchange.
 """
 
+import collections
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -20,7 +23,6 @@ _INSTRUCTION = re.compile(r'^\s*(ROOT )?%?([\w.\-]+) = (.*)$')
 _OPCODE = re.compile(r'\s([a-z][\w\-]*)\(')
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) .*\{$')
 _ARRAY = re.compile(r'^\w+\[([\d,]*)\]')
-_ELEMENTS = re.compile(r'\b\w+\[([\d,]*)\]')
 # JAX 0.12 has `%tuple#2` stand for the element, where 0.10 takes it by an
 # instruction of its own.
 _ELEMENT = re.compile(r'%([\w.\-]+)#(\d+)')
@@ -33,6 +35,11 @@ _CALLED_LIST = re.compile(
 )
 _LOOP = re.compile(r'\b(condition|body)=%?([\w.\-]+)')
 _SUMMED = re.compile(r'lhs_contracting_dims=\{([\d,]*)\}')
+_TYPED = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\]')
+_COLLECTIVES = (
+    'all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all',
+    'collective-permute', 'ragged-all-to-all', 'collective-broadcast',
+)  # fmt: skip
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -42,6 +49,7 @@ class _Instruction:
 
   Attributes:
     opcode: such as `dot`.
+    type: of its result, as it is printed.
     shape: of its result, None for a tuple.
     operands: what stands in the brackets.
     attributes: what follows them.
@@ -49,6 +57,7 @@ class _Instruction:
   """
 
   opcode: str
+  type: str
   shape: tuple[int, ...] | None
   operands: str
   attributes: str
@@ -70,20 +79,83 @@ def matmul_flops(hlo_text: str) -> int:
 
   Raises:
     ValueError: there is no entry, or it cannot be told how often a loop that
-      makes products runs.
+      matters runs.
   """
+  products = _sum(
+      hlo_text, lambda *where: {'products': _product_flops(*where)}
+  )
+  return products['products']
+
+
+def collective_bytes(hlo_text: str) -> dict[str, int]:
+  """Bytes that one device exchanges with others in a program, by kind.
+
+  Of an exchange they are those of its result, and of a reduce-scatter, whose
+  result is a part, those of its operands: what a device must receive, or send,
+  but for the small share that it has already. An all-reduce,
+  which is a reduce-scatter and an all-gather of the same, is counted once.
+
+  Args:
+    hlo_text: as for `matmul_flops`.
+
+  Returns:
+    {"all-gather", "all-reduce", "reduce-scatter", "all-to-all" or
+    "collective-permute": bytes}, of those that occur.
+
+  Raises:
+    ValueError: as `matmul_flops`.
+  """
+  return dict(_sum(hlo_text, _exchanged_bytes))
+
+
+def _exchanged_bytes(
+    instruction: _Instruction, scope: _Scope
+) -> dict[str, int]:
+  # What is started has its result where it is done.
+  kind = instruction.opcode.removesuffix('-done')
+  if kind not in _COLLECTIVES:
+    return {}
+  types = [instruction.type]
+  if kind == 'reduce-scatter':
+    types = [scope[name].type for name in _operands(instruction)]
+  return {kind: sum(map(_bytes, types))}
+
+
+def _bytes(type_text: str) -> int:
+  """Bytes of an array, or of all in a tuple."""
+  return sum(
+      math.prod(_sizes(sizes)) * _item_bits(dtype) // 8
+      for dtype, sizes in _TYPED.findall(type_text)
+  )
+
+
+def _item_bits(dtype: str) -> int:
+  """Bits of a number, which its dtype's name tells: `bf16`, `f8e4m3fn`."""
+  if dtype == 'pred':
+    return 8
+  bits = re.search(r'\d+', dtype)
+  return int(bits[0]) if bits else 0  # Tokens have none.
+
+
+def _sum(
+    hlo_text: str,
+    measure: Callable[[_Instruction, _Scope], Mapping[str, int]],
+) -> Mapping[str, int]:
+  """Sums a measure over all instructions, as often as each is run."""
   computations, entry = _parse(hlo_text)
 
   @functools.cache
-  def total(name: str) -> int:
+  def total(name: str) -> collections.Counter:
     scope = computations[name]
-    flops = 0
+    sums = collections.Counter()
     for instruction in scope.values():
-      flops += _product_flops(instruction, scope)
+      sums.update(measure(instruction, scope))
       for called in _called(instruction):
-        if within := total(called):
-          flops += within * _rounds(instruction, scope, computations)
-    return flops
+        within = total(called)
+        if any(within.values()):
+          rounds = _rounds(instruction, scope, computations)
+          sums.update({key: rounds * n for key, n in within.items()})
+    return sums
 
   return total(entry)
 
@@ -102,9 +174,10 @@ def _parse(hlo_text: str) -> tuple[dict[str, _Scope], str]:
         array = _ARRAY.match(text)
         types[name] = text[: opcode.start()]
         for whole, index in _ELEMENT.findall(operands):
-          sizes = _ELEMENTS.findall(types[whole])[int(index)]
+          dtype, sizes = _TYPED.findall(types[whole])[int(index)]
           current[f'{whole}#{index}'] = _Instruction(
               'get-tuple-element',
+              f'{dtype}[{sizes}]',
               _sizes(sizes),
               f'%{whole}',
               f'index={index}',
@@ -112,6 +185,7 @@ def _parse(hlo_text: str) -> tuple[dict[str, _Scope], str]:
           )
         current[name] = _Instruction(
             opcode[1],
+            types[name],
             array and _sizes(array[1]),
             operands,
             attributes,
@@ -182,7 +256,7 @@ def _rounds(
     return -(-(_constant(condition, limit) - _constant(scope, first)) // step)
   except (KeyError, IndexError, ValueError) as error:
     raise ValueError(
-        f'a loop makes products, and it cannot be told how often it runs: '
+        f'it cannot be told how often a loop that matters runs: '
         f'{instruction.attributes[:200]}'
     ) from error
 

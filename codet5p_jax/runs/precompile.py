@@ -13,12 +13,12 @@ from jax.sharding import Mesh
 from codet5p_jax.errors import UserError
 from codet5p_jax.generation_shapes import GenerationShapes
 from codet5p_jax.planning.flops import training_flops
-from codet5p_jax.planning.hlo import matmul_flops
+from codet5p_jax.planning.hlo import collective_bytes, matmul_flops
 from codet5p_jax.planning.topology import topology_devices
 from codet5p_jax.sharding import make_mesh
 from codet5p_jax.training.files import write_text
+from codet5p_jax.training.objective import Objective
 from codet5p_jax.training.train_step import (
-    Objective,
     StepConfig,
     TrainStep,
     make_train_step,
@@ -53,9 +53,10 @@ def precompile(
 
   Returns:
     The report: for every program and for the largest of them, bytes of peak
-    memory per device and per chip; for every objective also FLOPs of matrix
-    products per device: those of the compiled step, the least that such a step
-    can do, and those that the remat policy adds on purpose.
+    memory per device and per chip; for every objective also the bytes that a
+    device exchanges with others, by kind, and FLOPs of matrix products per
+    device: those of the compiled step, the least that such a step can do, and
+    those that the remat policy adds on purpose.
 
   Raises:
     UserError: nothing or both are to be compiled, the topology is unknown, the
@@ -125,7 +126,10 @@ def _plan_training(
         'lower BATCH_SIZE, raise NUM_MICROBATCHES, set REMAT_POLICY=full or '
         'choose a larger topology',
     )
-    steps[objective.name] = plan | _flops(compiled_text, train_step, objective)
+    exchanged = {'collective_bytes_per_device': collective_bytes(compiled_text)}
+    steps[objective.name] = (
+        plan | exchanged | _flops(compiled_text, train_step, objective)
+    )
   return steps
 
 
@@ -161,6 +165,11 @@ def _print_steps(
         f'device), compiled in {step["compile_seconds"]:.0f} s'
     )
     if isinstance(config, StepConfig):
+      exchanged = ', '.join(
+          f'{size / 1e6:,.1f} MB {kind}'
+          for kind, size in step['collective_bytes_per_device'].items()
+      )
+      print(f'{name}: exchanged by a device: {exchanged or "nothing"}')
       print(
           f'{name}: {step["matmul_flops_per_device"] / 1e12:.4g} TFLOPs of '
           f'matrix products a device, {step["matmul_flops_ratio"]:.3f} of '
@@ -233,7 +242,7 @@ def _flops(
   config = train_step.config
   planned = training_flops(
       config.model,
-      objective.batch_spec(config.microbatch_rows(objective)),
+      objective.passes(config.microbatch_rows(objective)),
       flax.traverse_util.flatten_dict(
           train_step.abstract_state.params, sep='/'
       ).keys(),

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from codet5p_jax.planning.hlo import matmul_flops
+from codet5p_jax.planning.hlo import collective_bytes, matmul_flops
 from codet5p_jax.planning.topology import topology_devices
 
 PROGRAM = '''
@@ -214,3 +214,56 @@ def test_a_scan_and_its_gradient_are_counted_by_hand_for_a_tpu():
   [device], _ = topology_devices('v5e:1x1')
   sharding = jax.sharding.SingleDeviceSharding(device)
   assert compiled_flops(sharding) == 3 * LAYERS * 2 * ROWS * WIDTH * WIDTH
+
+
+EXCHANGES = '''
+HloModule jit_f
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %s = f32[] add(%a, %b)
+}
+
+%scatter (p: bf16[64,3]) -> bf16[8,3] {
+  %p = bf16[64,3]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %rs = bf16[8,3]{1,0} reduce-scatter(%p), dimensions={0}, to_apply=%add
+}
+
+%body (arg: (s32[], f32[3,7])) -> (s32[], f32[3,7]) {
+  %arg = (s32[], f32[3,7]{1,0}) parameter(0)
+  %x = f32[3,7]{1,0} get-tuple-element(%arg), index=1
+  %start = (f32[3,7]{1,0}, f32[24,7]{1,0}) all-gather-start(%x), dimensions={0}
+  %done = f32[24,7]{1,0} all-gather-done(%start), dimensions={0}
+  ROOT %t = (s32[], f32[3,7]{1,0}) tuple(%x, %x)
+}
+
+%condition (arg.1: (s32[], f32[3,7])) -> pred[] {
+  ROOT %true = pred[] constant(true)
+}
+
+ENTRY %main (q: u16[9]) -> f32[3,7] {
+  %q = u16[9]{0} parameter(0)
+  %moved = u16[9]{0} collective-permute(%q), channel_id=1
+  %both = (f32[5]{0}, pred[6]{0}) all-reduce(%u, %v), to_apply=%add
+  %loop = (s32[], f32[3,7]{1,0}) while(%init), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"13"}}
+  %begun = ((bf16[64,3]), bf16[8,3], s32[]) async-start(%w), calls=%scatter
+  ROOT %ended = bf16[8,3]{1,0} async-done(%begun), calls=%scatter
+}
+'''  # noqa: E501
+
+
+def test_exchanged_bytes_are_counted_by_kind_and_round():
+  assert collective_bytes(EXCHANGES) == {
+      'collective-permute': 9 * 2,
+      'all-reduce': 5 * 4 + 6,
+      'all-gather': 13 * 24 * 7 * 4,
+      'reduce-scatter': 64 * 3 * 2,
+  }
+  assert collective_bytes(PROGRAM) == {}
+
+
+def test_a_mean_over_devices_is_an_all_reduce():
+  mesh = jax.make_mesh((8,), ('x',))
+  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
+  rows = jax.ShapeDtypeStruct((16, 5), jnp.float32, sharding=sharding)
+  text = jax.jit(lambda x: x.mean(0)).lower(rows).compile().as_text()
+  assert collective_bytes(text) == {'all-reduce': 5 * 4}

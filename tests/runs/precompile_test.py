@@ -146,7 +146,7 @@ def test_the_largest_objective_decides_and_chips_hold_several_devices(
     step = result['steps'][name]
     flops = training_flops(
         config.model,
-        objective.batch_spec(16),
+        objective.passes(16),
         parameter_shapes(config.model.make_model()),
         config.computation,
     )
