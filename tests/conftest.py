@@ -69,6 +69,8 @@ def _random_parameters(model, seed=0):
     name = path[-1].key
     if name == 'scale':
       values = numbers.uniform(0.5, 1.5, leaf.shape)
+    elif name == 'value':  # A temperature.
+      values = numbers.uniform(0.01, 0.4, leaf.shape)
     else:
       deviation = {'kernel': 0.3, 'bias': 0.3, 'embedding': 1.0}[name]
       values = numbers.normal(0, deviation, leaf.shape)
@@ -147,6 +149,14 @@ def make_small_corpus(tmp_path_factory):
     return build_corpus(CorpusSettings(**settings), folder, None, executor)
 
   return make
+
+
+@pytest.fixture(scope='session')
+def paired_corpus(source_files, make_small_corpus, tmp_path_factory):
+  """As `small_corpus`, with pairs of text and code."""
+  folder = tmp_path_factory.mktemp('corpora') / 'paired'
+  make_small_corpus(source_files, folder, pairs=True)
+  return folder
 
 
 @pytest.fixture(scope='session')

@@ -5,7 +5,8 @@
     split       duplicates are dropped, origins get their splits
     vocabulary  trained on a sample of the training documents
     tokenise    a map: documents to token ids and shards (`tokenisation`)
-    gather      shards and tokens in the order of the plan
+    pair        a map, where wanted: documents to pairs (`pairs.pairing`)
+    gather      shards, tokens and pairs in the order of the plan
 
 All happens in `<corpus_dir>.partial`. A map leaves a folder a unit, so a run
 that was killed goes on, and how many processes work makes no difference.
@@ -31,6 +32,7 @@ from codet5p_jax.corpus.deduplication import (
     write_splits,
 )
 from codet5p_jax.corpus.executors import Executor, Processes
+from codet5p_jax.corpus.pairs.pairing import PairUnit, gather_pairs
 from codet5p_jax.corpus.reading import (
     ReadUnit,
     read_documents,
@@ -65,11 +67,15 @@ class SourceSettings:
     sources: see `sources.plan_units`.
     languages: those that are kept.
     licences: those that are kept where a licence is known.
+    pairs: whether pairs of text and code are extracted. Rows in CodeSearchNet's
+      format then have their documentation, and stay in the split that they
+      were published in.
   """
 
   sources: tuple[str, ...] = ('standard_library',)
   languages: tuple[str, ...] = tuple(LANGUAGES)
   licences: tuple[str, ...] = licences.ALLOWED
+  pairs: bool = False
 
   def __post_init__(self):
     unknown = sorted(set(self.languages) - set(LANGUAGES))
@@ -154,8 +160,13 @@ def build_corpus(
     tokenising, assignment = _tokenise(
         settings, units, work, executor, vocabulary, reading, masks
     )
+    if settings.pairs:
+      pairing = _pair(units, work, executor, tokenising)
     made = work / 'corpus'
     metadata = _gather(made, len(units), reading, tokenising)
+    if settings.pairs:
+      used = load_vocabulary(made / layout.VOCABULARY)
+      metadata.update(gather_pairs(made, len(units), pairing, used))
     metadata.update(
         origins=assignment.num_origins,
         split_by='file' if assignment.by_file else 'origin',
@@ -197,7 +208,9 @@ def read_units(
   Raises:
     UserError: a source is damaged, or a table has too many bad rows.
   """
-  reading = ReadUnit(str(work), settings.languages, settings.licences)
+  reading = ReadUnit(
+      str(work), settings.languages, settings.licences, settings.pairs
+  )
   executor.run(reading, units, 'reading')
   tables = collections.defaultdict(list)
   for index, unit in enumerate(units):
@@ -283,6 +296,23 @@ def _tokenise(
         'single files are held out for validation and test.'
     )
   return tokenising, assignment
+
+
+def _pair(
+    units: Sequence[Unit],
+    work: pathlib.Path,
+    executor: Executor,
+    tokenising: TokeniseUnit,
+) -> PairUnit:
+  """Extracts the pairs of all documents that are no duplicates."""
+  pairing = PairUnit(
+      tokenising.read,
+      tokenising.splits,
+      str(work / 'paired'),
+      tokenising.vocabulary_dir,
+  )
+  executor.run(pairing, units, 'pairing')
+  return pairing
 
 
 def _refuse_few_files(

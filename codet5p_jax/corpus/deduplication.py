@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from codet5p_jax.corpus.splits import split_keys
+from codet5p_jax.corpus.folder import SPLITS
+from codet5p_jax.corpus.splits import keys_in_split, split_keys
 
 # Share of the origins that are held out, each.
 VALIDATION_SHARE = 0.05
@@ -69,6 +70,9 @@ def keep_first(
 class SplitAssignment:
   """Assigns kept documents to splits by origin, else by file.
 
+  Those that were published in a split stay in it, as far as no split is left
+  without a document.
+
   Attributes:
     by_file: there are fewer than three origins that can be held out, so files
       are held out instead.
@@ -107,8 +111,14 @@ class SplitAssignment:
     return np.unique(np.concatenate(parts))
 
   def _of_unit(self, index: int) -> np.ndarray:
-    name = 'hash_high' if self.by_file else 'origin'
-    return self._read_keys(index)[name][self._masks[index]]
+    keys = self._read_keys(index)[self._masks[index]]
+    result = keys['hash_high' if self.by_file else 'origin']
+    for split in range(len(SPLITS)):
+      published = keys['published'] == split + 1
+      result[published] = keys_in_split(
+          result[published], split, VALIDATION_SHARE, TEST_SHARE
+      )
+    return result
 
   def splits(self, index: int) -> np.ndarray:
     """Index into SPLITS of each document of a unit, or DROPPED; int8."""

@@ -4,11 +4,17 @@
     files/            the source files (TFDS, ArrayRecord)
     vocabulary/       the vocabulary trained on them
     tokens/<fingerprint>/<split>/   token stores, one set per vocabulary
+
+and, of a corpus that was made with --pairs:
+
+    pairs/<split>.array_record           pairs of text and code
+    pair_tokens/<fingerprint>/<split>/   their token ids, in the same order
 """
 
 import pathlib
 from typing import Any
 
+from codet5p_jax.corpus.pair_store import PairRows, PairTexts
 from codet5p_jax.corpus.token_store import TokenRows
 from codet5p_jax.errors import UserError
 
@@ -16,6 +22,8 @@ METADATA = 'metadata.json'
 FILES = 'files'
 VOCABULARY = 'vocabulary'
 TOKENS = 'tokens'
+PAIRS = 'pairs'
+PAIR_TOKENS = 'pair_tokens'
 SPLITS = ('train', 'validation', 'test')
 
 
@@ -28,6 +36,11 @@ def token_store_folder(
     UserError: there is no such split or corpus, or it was not tokenised with
       the vocabulary.
   """
+  _check_split(corpus_dir, split)
+  return _of_vocabulary(corpus_dir, TOKENS, vocabulary, split)
+
+
+def _check_split(corpus_dir: pathlib.Path, split: str) -> None:
   if split not in SPLITS:
     raise UserError(
         f'expected a split among {", ".join(SPLITS)}, found {split!r}; set '
@@ -38,7 +51,13 @@ def token_store_folder(
         f'expected a corpus folder, found no {METADATA} in {corpus_dir}; make '
         f'one with codet5p prepare_corpus --corpus_dir={corpus_dir}'
     )
-  stores = corpus_dir / TOKENS
+
+
+def _of_vocabulary(
+    corpus_dir: pathlib.Path, kind: str, vocabulary: Any, split: str
+) -> pathlib.Path:
+  """The folder of a split among TOKENS or PAIR_TOKENS."""
+  stores = corpus_dir / kind
   folder = stores / vocabulary.fingerprint[:16] / split
   if not folder.is_dir():
     found = ', '.join(sorted(x.name for x in stores.glob('*'))) or 'none'
@@ -60,3 +79,39 @@ def token_rows(
   """
   folder = token_store_folder(corpus_dir, vocabulary, split)
   return TokenRows(folder, row_length)
+
+
+def check_has_pairs(corpus_dir: pathlib.Path) -> None:
+  """Raises UserError: the corpus was prepared without pairs."""
+  if not (corpus_dir / PAIRS).is_dir():
+    raise UserError(
+        f'expected pairs in {corpus_dir}, found none; prepare it again with '
+        f'--pairs'
+    )
+
+
+def pair_rows(
+    corpus_dir: pathlib.Path, vocabulary: Any, split: str
+) -> PairRows:
+  """The token ids of a split's pairs, by index.
+
+  Raises:
+    UserError: there is no such split or corpus, it has no pairs, or none of
+      the split, or they were not tokenised with the vocabulary; or as
+      `PairRows`.
+  """
+  _check_split(corpus_dir, split)
+  check_has_pairs(corpus_dir)
+  return PairRows(_of_vocabulary(corpus_dir, PAIR_TOKENS, vocabulary, split))
+
+
+def pair_texts(corpus_dir: pathlib.Path, split: str) -> PairTexts:
+  """The pairs of a split, by index, in the order of `pair_rows`.
+
+  Raises:
+    UserError: there is no such split or corpus, it has no pairs, or none of
+      the split; or as `PairTexts`.
+  """
+  _check_split(corpus_dir, split)
+  check_has_pairs(corpus_dir)
+  return PairTexts(corpus_dir / PAIRS / f'{split}.array_record')

@@ -5,7 +5,7 @@ import json
 import logging
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tqdm
@@ -14,6 +14,7 @@ from codet5p_jax.corpus import folder as layout
 from codet5p_jax.corpus import work_folder
 from codet5p_jax.corpus.build import CorpusSettings, as_json, build_corpus
 from codet5p_jax.corpus.executors import Executor, Processes
+from codet5p_jax.corpus.pair_store import PairTexts, PairTokenWriter
 from codet5p_jax.corpus.reading import whole_folder
 from codet5p_jax.corpus.token_store import write_token_store
 from codet5p_jax.data.vocabularies import Vocabulary, load_vocabulary
@@ -22,12 +23,15 @@ from codet5p_jax.storage import local_path
 
 _logger = logging.getLogger(__name__)
 
+_PAIRS_AT_ONCE = 1000
+
 
 def corpus_of(
     data: str,
     corpus_dir: str | None,
     vocabulary_dir: str | None = None,
     vocab_size: int = CorpusSettings.vocab_size,
+    pairs: bool = False,
 ) -> str:
   """The corpus folder of what a user gives as data.
 
@@ -40,16 +44,19 @@ def corpus_of(
     corpus_dir: where such a corpus goes; None where `data` must be one.
     vocabulary_dir: a vocabulary; the corpus is then tokenised with it too.
     vocab_size: of the vocabulary that is trained where none is given.
+    pairs: whether pairs of text and code are needed.
 
   Returns:
     The corpus folder.
 
   Raises:
-    UserError: as `build_corpus`.
+    UserError: a corpus is given and has no pairs; or as `build_corpus`.
   """
   vocabulary = load_vocabulary(vocabulary_dir) if vocabulary_dir else None
   if (pathlib.Path(data) / layout.METADATA).is_file():
     folder = local_path(data)
+    if pairs:
+      layout.check_has_pairs(folder)
   elif corpus_dir is None:
     raise UserError(
         f'expected a corpus folder, found no {layout.METADATA} in {data}; give '
@@ -57,7 +64,9 @@ def corpus_of(
     )
   else:
     folder = local_path(corpus_dir)
-    settings = CorpusSettings(sources=(data,), vocab_size=vocab_size)
+    settings = CorpusSettings(
+        sources=(data,), vocab_size=vocab_size, pairs=pairs
+    )
     ensure_corpus(with_vocabulary(settings, vocabulary), folder, vocabulary)
   if vocabulary is not None:
     add_token_stores(folder, vocabulary)
@@ -96,6 +105,9 @@ def ensure_corpus(
   if metadata is None:
     return build_corpus(settings, corpus_dir, vocabulary, executor)
   found = metadata.get('settings')
+  if isinstance(found, dict):
+    # Corpora of earlier versions say nothing of pairs, and have none.
+    found = {'pairs': False} | found
   if found == wanted:
     _logger.info('The corpus in %s is ready; nothing to do.', corpus_dir)
     # A run that was killed at its very end may have left it.
@@ -140,17 +152,25 @@ def add_token_stores(corpus_dir: pathlib.Path, vocabulary: Vocabulary) -> None:
   from codet5p_jax.corpus.tfds_builder import read_files
 
   target = corpus_dir / layout.TOKENS / vocabulary.fingerprint[:16]
-  if target.is_dir():
-    return
-  with whole_folder(target) as stores:
-    for split in layout.SPLITS:
-      write_token_store(
-          stores / split,
-          _documents(read_files(corpus_dir / layout.FILES, split), vocabulary),
-          vocabulary.task_tokens.eos,
-          vocabulary.vocab_size,
-          vocabulary.fingerprint,
-      )
+  if not target.is_dir():
+    with whole_folder(target) as stores:
+      for split in layout.SPLITS:
+        files = read_files(corpus_dir / layout.FILES, split)
+        write_token_store(
+            stores / split,
+            _documents(files, vocabulary),
+            vocabulary.task_tokens.eos,
+            vocabulary.vocab_size,
+            vocabulary.fingerprint,
+        )
+  target = corpus_dir / layout.PAIR_TOKENS / vocabulary.fingerprint[:16]
+  if (corpus_dir / layout.PAIRS).is_dir() and not target.is_dir():
+    numbers = _metadata(corpus_dir)['pairs']
+    with whole_folder(target) as stores:
+      for split in layout.SPLITS:
+        path = corpus_dir / layout.PAIRS / f'{split}.array_record'
+        pairs = PairTexts(path) if numbers[split] else []
+        _write_pair_tokens(stores / split, pairs, vocabulary)
 
 
 def _documents(
@@ -158,3 +178,24 @@ def _documents(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   for row in tqdm.tqdm(files, 'tokenising', unit=' files'):
     yield vocabulary.encode_with_word_starts(row['text'].decode())
+
+
+def _write_pair_tokens(
+    folder: pathlib.Path,
+    pairs: Sequence[dict[str, str]] | PairTexts,
+    vocabulary: Vocabulary,
+) -> None:
+  """Tokenises pairs; a side of no tokens stays, to stay aligned."""
+  writer = PairTokenWriter(
+      folder, vocabulary.vocab_size, vocabulary.fingerprint
+  )
+  places = range(len(pairs))
+  with tqdm.tqdm(total=len(pairs), desc='tokenising', unit=' pairs') as bar:
+    for begin in places[::_PAIRS_AT_ONCE]:
+      part = [pairs[i] for i in places[begin : begin + _PAIRS_AT_ONCE]]
+      texts = vocabulary.encode_batch([pair['text'] for pair in part])
+      codes = vocabulary.encode_batch([pair['code'] for pair in part])
+      for text, code in zip(texts, codes, strict=True):
+        writer.write(np.array(text, np.int32), np.array(code, np.int32))
+      bar.update(len(part))
+  writer.close()

@@ -22,6 +22,7 @@ import numpy as np
 from codet5p_jax.corpus import filters
 from codet5p_jax.corpus.archives import read_archive
 from codet5p_jax.corpus.filters import Dropped
+from codet5p_jax.corpus.folder import SPLITS
 from codet5p_jax.corpus.source_files import (
     UNKNOWN,
     SourceFile,
@@ -37,12 +38,14 @@ from codet5p_jax.storage import explaining_storage_faults
 DOCUMENTS, KEYS, SUMMARY = 'documents.jsonl', 'documents.keys', 'summary.json'
 
 # What is known of a document without its text: its hash in two halves, the
-# hash of its origin, its length.
+# hash of its origin, its length, and one more than the index into SPLITS of the
+# split that it was published in, or 0.
 KEY = np.dtype([
     ('hash_high', '<u8'),
     ('hash_low', '<u8'),
     ('origin', '<u8'),
     ('characters', '<u4'),
+    ('published', 'u1'),
 ])
 
 _ROWS_TO_JUDGE = 1000
@@ -56,11 +59,13 @@ class ReadUnit:
     work: the work folder.
     languages: those to keep; files of unknown language are kept too.
     licences: those allowed.
+    with_documentation: see `tables.read_jsonl`.
   """
 
   work: str
   languages: tuple[str, ...]
   licences: tuple[str, ...]
+  with_documentation: bool = False
 
   def folder(self, index: int) -> pathlib.Path:
     return pathlib.Path(self.work, 'read', f'{index:06d}')
@@ -89,7 +94,7 @@ class ReadUnit:
         open(folder / DOCUMENTS, 'w', encoding='utf-8', newline='') as texts,
         open(folder / KEYS, 'wb') as keys,
     ):
-      for found in _read_files(unit):
+      for found in _read_files(unit, self.with_documentation):
         rows += 1
         if found.language != UNKNOWN and found.language not in self.languages:
           continue
@@ -115,7 +120,9 @@ def _write(file: SourceFile, texts, keys) -> None:
   digest = bytes.fromhex(file.hash[:32])
   high, low = np.frombuffer(digest, '>u8')
   origin = origin_key(file.origin) if file.origin else high
-  keys.write(np.array([(high, low, origin, len(file.text))], KEY).tobytes())
+  published = SPLITS.index(file.partition) + 1 if file.partition else 0
+  key = high, low, origin, len(file.text), published
+  keys.write(np.array([key], KEY).tobytes())
 
 
 def read_documents(folder: pathlib.Path) -> Iterator[SourceFile]:
@@ -129,17 +136,17 @@ def read_documents(folder: pathlib.Path) -> Iterator[SourceFile]:
       yield file
 
 
-def _read_files(unit: Unit) -> Iterator[SourceFile | Dropped]:
-  readers = {
-      'archive': read_archive,
-      'jsonl': read_jsonl,
-      'parquet': read_parquet,
-  }
-  if unit.kind in readers:
-    yield from readers[unit.kind](unit)
-    return
-  for file in unit.files:
-    yield _read_file(file)
+def _read_files(
+    unit: Unit, with_documentation: bool
+) -> Iterator[SourceFile | Dropped]:
+  if unit.kind == 'archive':
+    yield from read_archive(unit)
+  elif unit.kind == 'jsonl':
+    yield from read_jsonl(unit, with_documentation)
+  elif unit.kind == 'parquet':
+    yield from read_parquet(unit, with_documentation)
+  else:
+    yield from map(_read_file, unit.files)
 
 
 def _read_file(file: PlannedFile) -> SourceFile | Dropped:

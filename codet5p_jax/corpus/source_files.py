@@ -47,6 +47,10 @@ class SourceFile:
     origin: the package or repository; splits are drawn by origin. Empty where
       the file is its own origin.
     path: within the origin's source tree, for people.
+    documentation: where the file is a single function that comes with it, as
+      rows of CodeSearchNet do; else None.
+    name: of that function.
+    partition: the split that such a row was published in, or empty.
   """
 
   text: str
@@ -54,6 +58,9 @@ class SourceFile:
   licence: str
   origin: str
   path: str
+  documentation: str | None = None
+  name: str = ''
+  partition: str = ''
 
   @functools.cached_property
   def hash(self) -> str:

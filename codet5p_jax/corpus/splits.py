@@ -36,6 +36,33 @@ def split_origins(
   }
 
 
+def keys_in_split(
+    keys: np.ndarray, split: int, validation: float, test: float
+) -> np.ndarray:
+  """Moves keys to the places of a split, in their order.
+
+  Args:
+    keys: any, uint64 [number].
+    split: index into SPLITS.
+    validation: share of the origins for validation.
+    test: share for test.
+
+  Returns:
+    Keys that `split_keys` assigns to the split, uint64 [number].
+  """
+  half = 2**32
+  begin, end = {
+      'train': (validation + test, 1.0),
+      'validation': (0.0, validation),
+      'test': (validation, validation + test),
+  }[SPLITS[split]]
+  # A little inside of both borders, where places are rounded.
+  first, width = int(begin * half) + 1, int((end - begin) * half) - 2
+  high, low = np.divmod(keys, np.uint64(half))
+  moved = high * np.uint64(width) + low * np.uint64(width) // np.uint64(half)
+  return moved + np.uint64(first * half)
+
+
 def split_keys(keys: np.ndarray, validation: float, test: float) -> np.ndarray:
   """Assigns each key to a split, by its place in [0, 2**64).
 

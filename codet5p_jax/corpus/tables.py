@@ -1,6 +1,7 @@
 """Rows of JSON lines and Parquet files, read in bounded memory."""
 
 import contextlib
+import dataclasses
 import gzip
 import io
 import itertools
@@ -32,7 +33,7 @@ _ROWS_A_BATCH = 64
 
 # The names of fields that are tried where none is given.
 _USUAL = {
-    'text': ('text', 'code', 'content'),
+    'text': ('text', 'code', 'content', 'original_string'),
     'origin': (
         'origin', 'repo', 'repo_name', 'repository', 'repository_name',
         'package', 'max_stars_repo_name',
@@ -47,8 +48,20 @@ _USUAL = {
 }  # fmt: skip
 
 
-def read_jsonl(unit: Unit) -> Iterator[SourceFile | Dropped]:
+# Those of a row of CodeSearchNet that tell more of a function than its code.
+_DOCUMENTATION, _NAME, _PARTITION = 'docstring', 'func_name', 'partition'
+_SPLIT_OF_PARTITION = {'train': 'train', 'valid': 'validation', 'test': 'test'}
+
+
+def read_jsonl(
+    unit: Unit, with_documentation: bool = False
+) -> Iterator[SourceFile | Dropped]:
   """The rows of a unit of a .jsonl or .jsonl.gz file.
+
+  Args:
+    unit: the unit.
+    with_documentation: a row in CodeSearchNet's format is read with what it
+      tells of its function.
 
   Raises:
     UserError: the file cannot be read, or is cut short or damaged.
@@ -73,7 +86,7 @@ def read_jsonl(unit: Unit) -> Iterator[SourceFile | Dropped]:
         yield Dropped('bad_row', number=number, detail=f'no JSON: {reason}')
         continue
       if isinstance(row, dict):
-        yield _source_file(row, unit.fields, number)
+        yield _read_row(row, unit.fields, number, with_documentation)
       else:
         yield Dropped('bad_row', number=number, detail='no JSON object')
 
@@ -129,8 +142,14 @@ def parquet_parts(path: str, size: int) -> Iterator[tuple[int, int, int]]:
       begin = index + 1
 
 
-def read_parquet(unit: Unit) -> Iterator[SourceFile | Dropped]:
+def read_parquet(
+    unit: Unit, with_documentation: bool = False
+) -> Iterator[SourceFile | Dropped]:
   """The rows of a unit of a Parquet file.
+
+  Args:
+    unit: the unit.
+    with_documentation: as in `read_jsonl`.
 
   Raises:
     UserError: the file cannot be read, or is cut short or damaged.
@@ -147,15 +166,28 @@ def read_parquet(unit: Unit) -> Iterator[SourceFile | Dropped]:
           _ROWS_A_BATCH, row_groups=list(groups), columns=names
       ):
         for row in batch.to_pylist():
-          yield _source_file(row, unit.fields, next(numbers))
+          number = next(numbers)
+          yield _read_row(row, unit.fields, number, with_documentation)
 
 
 def _wanted_columns(fields: RowFields) -> set[str]:
-  wanted = set()
+  wanted = {_DOCUMENTATION, _NAME, _PARTITION}
   for role, usual in _USUAL.items():
     given = getattr(fields, role)
     wanted.update((given,) if given else usual)
   return wanted
+
+
+def _read_row(
+    row: Mapping[str, Any],
+    fields: RowFields,
+    number: int,
+    with_documentation: bool,
+) -> SourceFile | Dropped:
+  file = _source_file(row, fields, number)
+  if isinstance(file, Dropped) or not with_documentation:
+    return file
+  return _with_documentation(file, row, number)
 
 
 def _source_file(
@@ -190,6 +222,26 @@ def _source_file(
       _licence(row, fields.licence),
       normalise_origin(_words(row, fields.origin, 'origin')),
       path,
+  )
+
+
+def _with_documentation(
+    file: SourceFile, row: Mapping[str, Any], number: int
+) -> SourceFile | Dropped:
+  if _DOCUMENTATION not in row:
+    return file
+  documentation = row[_DOCUMENTATION]
+  if documentation is None:
+    documentation = ''
+  if not isinstance(documentation, str):
+    detail = f'{_DOCUMENTATION} is no text'
+    return Dropped('bad_row', file.language, number, detail)
+  name, partition = row.get(_NAME), row.get(_PARTITION)
+  return dataclasses.replace(
+      file,
+      documentation=as_text(documentation),
+      name=as_text(name) if isinstance(name, str) else '',
+      partition=_SPLIT_OF_PARTITION.get(str(partition), ''),
   )
 
 

@@ -43,7 +43,7 @@ def write_token_store(
   """
   from array_record.python.array_record_module import ArrayRecordWriter
 
-  dtype = np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
+  dtype = token_dtype(vocab_size)
   folder.mkdir(parents=True)
   # One record a group: a row is read without decoding its neighbours.
   writer = ArrayRecordWriter(str(folder / _BLOCKS), 'group_size:1')
@@ -73,6 +73,11 @@ def write_token_store(
   }
   (folder / _METADATA).write_text(json.dumps(metadata, indent=2) + '\n')
   return metadata
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+  """Two bytes a token where they suffice, else four."""
+  return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
 
 
 class _Blocks:

@@ -24,6 +24,7 @@ import numpy as np
 from codet5p_jax.corpus.folder import SPLITS
 from codet5p_jax.corpus.reading import SUMMARY, read_documents, whole_folder
 from codet5p_jax.corpus.source_files import SourceFile
+from codet5p_jax.corpus.token_store import token_dtype
 from codet5p_jax.corpus.units import Unit
 from codet5p_jax.data.vocabularies import Vocabulary, load_vocabulary
 
@@ -68,7 +69,7 @@ class TokeniseUnit:
       UserError: the disk is full.
     """
     del unit  # What it held was read.
-    vocabulary = _cached_vocabulary(self.vocabulary_dir)
+    vocabulary = cached_vocabulary(self.vocabulary_dir)
     longest = self.max_tokens * vocabulary.longest_piece
     documents = read_documents(pathlib.Path(self.read, f'{index:06d}'))
     dropped = collections.defaultdict(collections.Counter)
@@ -104,13 +105,10 @@ class TokeniseUnit:
 
 
 @functools.lru_cache(maxsize=1)
-def _cached_vocabulary(folder: str) -> Vocabulary:
+def cached_vocabulary(folder: str) -> Vocabulary:
+  """The vocabulary of a folder, which a worker uses for one unit after another.
+  """
   return load_vocabulary(folder)
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-  """Two bytes a token where they suffice, else four."""
-  return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
 
 
 class _Parts:

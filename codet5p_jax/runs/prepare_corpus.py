@@ -1,7 +1,7 @@
 """Source code to a corpus folder."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from codet5p_jax.corpus.build import CorpusSettings
 from codet5p_jax.corpus.executors import Beam, Processes
@@ -24,6 +24,7 @@ def prepare_corpus(
     licences: Sequence[str] = ALLOWED,
     min_tokens: int = 50,
     max_tokens: int = 2000,
+    pairs: bool = False,
     runner: str | None = None,
     processes: int | None = None,
 ) -> None:
@@ -47,6 +48,9 @@ def prepare_corpus(
       licence are kept too.
     min_tokens: shorter files are dropped.
     max_tokens: longer ones too.
+    pairs: also extracts pairs of text and code, which stage 2 needs: documented
+      functions of Python, JavaScript, Go, Java, PHP and Ruby, by the rules of
+      CodeSearchNet, and rows of .jsonl files in its format.
     runner: a runner of Apache Beam whose workers share this file system, such
       as DirectRunner, instead of processes.
     processes: how many work; all cores by default.
@@ -60,6 +64,7 @@ def prepare_corpus(
       sources=tuple(sources),
       languages=tuple(languages),
       licences=tuple(licence.lower() for licence in licences),
+      pairs=pairs,
       vocab_size=vocab_size,
       vocabulary_characters=vocabulary_characters,
       min_tokens=min_tokens,
@@ -72,11 +77,21 @@ def prepare_corpus(
       vocabulary,
       Beam(runner) if runner else Processes(processes),
   )
-  dropped = {r: n for r, n in metadata['dropped'].items() if n}
   _logger.info(
       'Corpus in %s: %d files, %.1f million tokens to train on; dropped: %s.',
       folder,
       sum(metadata['files'].values()),
       metadata['tokens']['train'] / 1e6,
-      ', '.join(f'{n} {reason}' for reason, n in dropped.items()) or 'none',
+      _told(metadata['dropped']),
   )
+  if pairs:
+    _logger.info(
+        'Pairs of text and code: %s; dropped: %s.',
+        ', '.join(f'{n} {split}' for split, n in metadata['pairs'].items()),
+        _told(metadata['pairs_dropped']),
+    )
+
+
+def _told(dropped: Mapping[str, int]) -> str:
+  told = ', '.join(f'{n} {reason}' for reason, n in dropped.items() if n)
+  return told or 'none'

@@ -11,6 +11,7 @@ import pytest
 from codet5p_jax.corpus import build, sources, tfds_builder
 from codet5p_jax.corpus.build import CorpusSettings, build_corpus
 from codet5p_jax.corpus.executors import Beam, Processes
+from codet5p_jax.corpus.pairs.pairing import PairUnit
 from codet5p_jax.corpus.splits import split_origins
 from codet5p_jax.corpus.token_store import TokenRows
 from codet5p_jax.corpus.tokenisation import TokeniseUnit
@@ -179,8 +180,8 @@ def small_units(monkeypatch):
 def test_processes_and_beam_make_the_very_same_corpus(
     source_files, make_small_corpus, small_units, tmp_path, executor
 ):
-  make_small_corpus(source_files, tmp_path / 'one')
-  make_small_corpus(source_files, tmp_path / 'other', executor)
+  make_small_corpus(source_files, tmp_path / 'one', pairs=True)
+  make_small_corpus(source_files, tmp_path / 'other', executor, pairs=True)
   shards = list((tmp_path / 'one' / 'files').rglob('*train*'))
   assert len(shards) > 3
   one, other = (
@@ -189,22 +190,30 @@ def test_processes_and_beam_make_the_very_same_corpus(
   assert one == other
 
 
+@pytest.mark.parametrize(
+    ('mapped', 'folders'),
+    [(TokeniseUnit, 'tokenised-*/[0-9]*'), (PairUnit, 'paired/[0-9]*')],
+)
 def test_a_killed_run_goes_on_and_makes_the_very_same_corpus(
-    source_files, write_rows, small_units, tmp_path, monkeypatch
-):
+    source_files, write_rows, small_units, tmp_path, monkeypatch, mapped,
+    folders,
+):  # fmt: skip
   rows = write_rows(tmp_path / 'rows.jsonl', source_files)
-  settings = CorpusSettings((str(rows),), vocab_size=VOCAB_SIZE)
+  settings = CorpusSettings((str(rows),), pairs=True, vocab_size=VOCAB_SIZE)
   program = f'''
 import pathlib, time
-from codet5p_jax.corpus import build, sources, tokenisation
+from {mapped.__module__} import {mapped.__name__} as mapped
+from codet5p_jax.corpus import build, sources
 from codet5p_jax.corpus.executors import Processes
 sources.units.TABLE_UNIT_BYTES = 9000
-write = tokenisation._Parts.write
-def write_slowly(self, *arguments):
-  write(self, *arguments)
-  time.sleep(0.2)
-tokenisation._Parts.write = write_slowly
-settings = build.CorpusSettings(({str(rows)!r},), vocab_size={VOCAB_SIZE})
+call = mapped.__call__
+def call_slowly(self, *arguments):
+  time.sleep(0.5)
+  call(self, *arguments)
+mapped.__call__ = call_slowly
+settings = build.CorpusSettings(
+    ({str(rows)!r},), pairs=True, vocab_size={VOCAB_SIZE}
+)
 corpus_dir = pathlib.Path({str(tmp_path / 'killed')!r})
 build.build_corpus(settings, corpus_dir, None, Processes(1))
 '''
@@ -212,24 +221,22 @@ build.build_corpus(settings, corpus_dir, None, Processes(1))
   with subprocess.Popen(
       [sys.executable, '-c', program], stderr=subprocess.DEVNULL
   ) as process:
-    while len(list(partial.glob('tokenised-*/[0-9]*'))) < 2:
+    while len(list(partial.glob(folders))) < 2:
       assert process.poll() is None
       time.sleep(0.02)
     process.kill()
   assert not (tmp_path / 'killed').exists()
-  done = {int(path.name) for path in partial.glob('tokenised-*/[0-9]*')}
-  tokenised = []
-  call = TokeniseUnit.__call__
+  done = {int(path.name) for path in partial.glob(folders)}
+  called = []
+  call = mapped.__call__
   monkeypatch.setattr(
-      TokeniseUnit,
+      mapped,
       '__call__',
-      lambda self, index, unit: [
-          tokenised.append(index), call(self, index, unit)
-      ],
+      lambda self, index, unit: [called.append(index), call(self, index, unit)],
   )
   build_corpus(settings, tmp_path / 'killed', None, Processes(1))
   # What was done is not done again.
-  assert tokenised and done and not done & set(tokenised)
+  assert called and done and not done & set(called)
   assert not partial.exists()
   build_corpus(settings, tmp_path / 'whole', None, Processes(1))
   assert contents(tmp_path / 'killed') == contents(tmp_path / 'whole')

@@ -114,3 +114,21 @@ def test_a_sample_has_about_the_characters_wanted_and_is_the_same_again(units):
   )
   assert half == sample(total // 2)
   assert set(sample(total // 4)) < set(half) < set(everything)
+
+
+def test_what_was_published_in_a_split_stays_in_it(units):
+  masks = keep_first(units.__getitem__, len(units))
+  published = [keys.copy() for keys in units]
+  rng = np.random.default_rng(1)
+  for keys in published:
+    keys['published'] = rng.integers(0, 4, len(keys))
+  spent = np.empty(0, np.uint64)
+  before = SplitAssignment(units.__getitem__, masks, spent)
+  after = SplitAssignment(published.__getitem__, masks, spent)
+  for index, (keys, mask) in enumerate(zip(published, masks, strict=True)):
+    expected = np.where(
+        keys['published'] > 0,
+        keys['published'].astype(int) - 1,
+        before.splits(index),
+    )
+    np.testing.assert_array_equal(after.splits(index)[mask], expected[mask])

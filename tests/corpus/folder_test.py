@@ -2,7 +2,11 @@ import types
 
 import pytest
 
-from codet5p_jax.corpus.folder import token_store_folder
+from codet5p_jax.corpus.folder import (
+    pair_rows,
+    pair_texts,
+    token_store_folder,
+)
 from codet5p_jax.data.vocabularies import load_vocabulary
 from codet5p_jax.errors import UserError
 
@@ -47,3 +51,50 @@ def test_a_corpus_without_any_tokens_says_that_there_are_none(tmp_path):
   vocabulary = types.SimpleNamespace(fingerprint='ab' * 32)
   with pytest.raises(UserError, match='found those of none'):
     token_store_folder(tmp_path, vocabulary, 'train')
+
+
+def expect_refusal(match, function, *arguments):
+  with pytest.raises(UserError, match=match) as error:
+    function(*arguments)
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('split', ['train', 'validation', 'test'])
+def test_the_pairs_of_a_split_are_found_by_the_vocabulary(
+    paired_corpus, split
+):
+  vocabulary = load_vocabulary(paired_corpus / 'vocabulary')
+  rows = pair_rows(paired_corpus, vocabulary, split)
+  texts = pair_texts(paired_corpus, split)
+  assert len(rows) == len(texts) > 1
+  assert vocabulary.decode(rows[1]['code']) == texts[1]['code']
+
+
+def test_pairs_of_no_corpus_are_one_clear_line(tmp_path):
+  vocabulary = types.SimpleNamespace(fingerprint='ab' * 32)
+  expect_refusal('a corpus folder', pair_rows, tmp_path, vocabulary, 'train')
+  expect_refusal('a corpus folder', pair_texts, tmp_path, 'train')
+
+
+def test_a_corpus_without_pairs_is_one_clear_line(small_corpus):
+  vocabulary = load_vocabulary(small_corpus / 'vocabulary')
+  match = 'pairs in .*small, found none; prepare it again with --pairs'
+  expect_refusal(match, pair_rows, small_corpus, vocabulary, 'train')
+  expect_refusal(match, pair_texts, small_corpus, 'train')
+
+
+def test_pairs_of_another_split_or_vocabulary_are_one_clear_line(
+    paired_corpus
+):
+  mine = load_vocabulary(paired_corpus / 'vocabulary')
+  foreign = types.SimpleNamespace(fingerprint='ab' * 32)
+  expect_refusal(
+      f'vocabulary abababababababab .* those of {mine.fingerprint[:16]};',
+      pair_rows, paired_corpus, foreign, 'train',
+  )  # fmt: skip
+  expect_refusal(
+      "found 'valid'", pair_rows, paired_corpus, mine, 'valid'
+  )
+  expect_refusal(
+      "found 'valid'", pair_texts, paired_corpus, 'valid'
+  )

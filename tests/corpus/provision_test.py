@@ -1,8 +1,10 @@
 import json
+import shutil
 
 import pytest
 
 from codet5p_jax.corpus import folder as layout
+from codet5p_jax.corpus import provision
 from codet5p_jax.corpus.provision import corpus_of
 from codet5p_jax.corpus.token_store import TokenRows
 from codet5p_jax.data.vocabularies import SentencePiece, load_vocabulary
@@ -76,6 +78,74 @@ def test_a_corpus_is_tokenised_with_a_further_vocabulary(
       [row] = TokenRows(folder, length)
       texts.append(vocabulary.decode(row['tokens']))
     assert texts[0] == texts[1]
+
+
+def test_pairs_are_tokenised_with_a_further_vocabulary(
+    paired_corpus, other_vocabulary, tmp_path, monkeypatch
+):
+  shutil.copytree(paired_corpus, tmp_path / 'corpus')
+  monkeypatch.setattr(provision, '_PAIRS_AT_ONCE', 7)
+  other = load_vocabulary(other_vocabulary)
+  arguments = str(tmp_path / 'corpus'), None, str(other_vocabulary)
+  corpus_of(*arguments, pairs=True)
+  [store] = (tmp_path / 'corpus' / 'pair_tokens').glob(
+      f'{other.fingerprint[:16]}'
+  )
+  before = store.stat().st_mtime_ns
+  corpus_of(*arguments, pairs=True)
+  assert store.stat().st_mtime_ns == before
+  for split in layout.SPLITS:
+    texts = layout.pair_texts(tmp_path / 'corpus', split)
+    rows = layout.pair_rows(tmp_path / 'corpus', other, split)
+    assert len(rows) == len(texts)
+    for index in range(len(texts)):
+      text, row = texts[index], rows[index]
+      assert row['text'].tolist() == other.encode(text['text'])
+      assert row['code'].tolist() == other.encode(text['code'])
+
+
+def test_a_side_that_another_vocabulary_leaves_empty_stays_aligned(
+    paired_corpus, other_vocabulary, tmp_path, monkeypatch
+):
+  shutil.copytree(paired_corpus, tmp_path / 'corpus')
+  path = tmp_path / 'corpus' / 'metadata.json'
+  metadata = json.loads(path.read_text())
+  metadata['pairs']['test'] = 0
+  path.write_text(json.dumps(metadata))
+  real = SentencePiece.encode_batch
+  monkeypatch.setattr(
+      SentencePiece,
+      'encode_batch',
+      lambda self, texts: [
+          [] if 'beta' in text else ids
+          for text, ids in zip(texts, real(self, texts), strict=True)
+      ],
+  )
+  corpus_of(str(tmp_path / 'corpus'), None, str(other_vocabulary))
+  other = load_vocabulary(other_vocabulary)
+  texts = layout.pair_texts(tmp_path / 'corpus', 'train')
+  rows = layout.pair_rows(tmp_path / 'corpus', other, 'train')
+  assert len(rows) == len(texts)
+  empty = [not len(rows[i]['text']) for i in range(len(rows))]
+  assert empty == ['beta' in texts[i]['text'] for i in range(len(texts))]
+  assert any(empty) and not all(empty)
+  # A split that has none stays so.
+  with pytest.raises(UserError, match='at least one pair'):
+    layout.pair_rows(tmp_path / 'corpus', other, 'test')
+
+
+def test_pairs_are_asked_for(source_files, write_rows, small_corpus, tmp_path):
+  with pytest.raises(
+      UserError, match='pairs in .*, found none; prepare it again with --pairs'
+  ) as error:
+    corpus_of(str(small_corpus), None, pairs=True)
+  assert '\n' not in str(error.value)
+  rows = write_rows(tmp_path / 'rows.jsonl', source_files)
+  arguments = str(rows), str(tmp_path / 'corpus')
+  corpus_of(*arguments, vocab_size=600, pairs=True)
+  assert len(layout.pair_texts(tmp_path / 'corpus', 'train')) > 9
+  assert corpus_of(*arguments, vocab_size=600, pairs=True) == arguments[1]
+  assert corpus_of(arguments[1], None, pairs=True) == arguments[1]
 
 
 def test_what_is_neither_is_one_clear_line(tmp_path):

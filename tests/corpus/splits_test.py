@@ -1,12 +1,17 @@
 import hashlib
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from codet5p_jax.corpus.folder import SPLITS
-from codet5p_jax.corpus.splits import split_origins
+from codet5p_jax.corpus.splits import (
+    keys_in_split,
+    split_keys,
+    split_origins,
+)
 
 MANY = [f'package_{number}' for number in range(4000)]
 SPLIT_OF = split_origins(MANY, 0.03, 0.03)
@@ -72,3 +77,19 @@ def test_few_origins_give_up_those_nearest_to_the_held_out_shares():
       second: 'test',
       **dict.fromkeys(others, 'train'),
   }
+
+
+@pytest.mark.parametrize(
+    ('validation', 'test'), [(0.05, 0.05), (0.25, 0.5), (0.1, 0.2)]
+)
+def test_keys_are_moved_into_a_split_in_their_order(validation, test):
+  rng = np.random.default_rng(0)
+  ends = np.array([0, 1, 2**64 - 2, 2**64 - 1], np.uint64)
+  keys = np.union1d(rng.integers(0, 2**64, 2000, np.uint64), ends)
+  moved = [keys_in_split(keys, split, validation, test) for split in range(3)]
+  for split in range(3):
+    assert moved[split].dtype == np.uint64
+    assert (np.diff(moved[split][1:-1].astype(object)) > 0).all()
+  order = np.argsort(np.concatenate(moved))
+  splits = split_keys(np.concatenate(moved)[order], validation, test)
+  assert (splits == np.repeat([0, 1, 2], len(keys))[order]).all()

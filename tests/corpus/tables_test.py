@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import json
 import tracemalloc
@@ -203,3 +204,66 @@ def test_a_parquet_that_is_damaged_is_one_clear_line(tmp_path):
 def test_a_table_that_is_gone_is_one_clear_line(tmp_path):
   unit = Unit('jsonl', str(tmp_path / 'rows.jsonl'), 3)
   expect_damage('No such file or directory', read_jsonl, unit)
+
+
+# Rows of CodeSearchNet.
+
+DOCUMENTED = {
+    'repo': 'Some/Thing.One',
+    'path': 'a/b.py',
+    'func_name': 'A.f',
+    'original_string': 'x = 1\n',
+    'language': 'python',
+    'docstring': 'Says it.',
+    'partition': 'valid',
+}
+
+
+@pytest.mark.parametrize('kind', ['jsonl', 'jsonl.gz', 'parquet'])
+def test_a_documented_row_is_read_with_what_it_tells(tmp_path, kind):
+  path = tmp_path / f'rows.{kind}'
+  if kind == 'parquet':
+    pyarrow.parquet.write_table(pa.Table.from_pylist([DOCUMENTED]), path)
+  else:
+    content = json.dumps(DOCUMENTED).encode()
+    path.write_bytes(gzip.compress(content) if kind.endswith('z') else content)
+  reader = read_parquet if kind == 'parquet' else read_jsonl
+  plain = SourceFile('x = 1\n', 'python', 'unknown', 'some/thing-one', 'a/b.py')
+  assert list(reader(unit_of(path))) == [plain]
+  assert list(reader(unit_of(path), with_documentation=True)) == [
+      dataclasses.replace(
+          plain, documentation='Says it.', name='A.f', partition='validation'
+      )
+  ]
+
+
+@pytest.mark.parametrize(
+    ('changes', 'expected'),
+    [
+        ({'docstring': None}, {'documentation': ''}),
+        ({'docstring': 'a\ud800'}, {'documentation': 'a?'}),
+        ({'func_name': None}, {'name': ''}),
+        ({'func_name': 7}, {'name': ''}),
+        ({'func_name': '\ud800'}, {'name': '?'}),
+        ({'partition': 'train'}, {'partition': 'train'}),
+        ({'partition': 'test'}, {'partition': 'test'}),
+        ({'partition': ['test']}, {'partition': ''}),
+        ({'partition': None}, {'partition': ''}),
+    ],
+)
+def test_odd_values_of_a_documented_row_are_read(tmp_path, changes, expected):
+  path = tmp_path / 'rows.jsonl'
+  path.write_text(json.dumps(DOCUMENTED | changes))
+  [file] = read_jsonl(unit_of(path), with_documentation=True)
+  for name, value in expected.items():
+    assert getattr(file, name) == value
+
+
+def test_a_docstring_that_is_no_text_makes_a_bad_row(tmp_path):
+  path = tmp_path / 'rows.jsonl'
+  rows = [DOCUMENTED, DOCUMENTED | {'docstring': 7}, {'code': 'y'}, {}]
+  path.write_text('\n'.join(map(json.dumps, rows)))
+  good, bad, plain, empty = read_jsonl(unit_of(path), with_documentation=True)
+  assert good.name == 'A.f' and plain.documentation is None
+  assert bad == Dropped('bad_row', 'python', 2, 'docstring is no text')
+  assert empty.reason == 'bad_row' and empty.detail == 'no text'

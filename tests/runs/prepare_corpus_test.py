@@ -79,6 +79,36 @@ def test_a_corpus_of_the_same_settings_is_kept(rows, prepared, caplog):
   assert not left.exists()
 
 
+def test_pairs_are_told_in_one_line(rows, tmp_path, caplog):
+  with caplog.at_level(logging.INFO):
+    prepare_corpus(str(tmp_path / 'corpus'), [rows], pairs=True, **SETTINGS)
+  metadata = json.loads((tmp_path / 'corpus' / 'metadata.json').read_text())
+  number = metadata['pairs']
+  assert min(number.values()) > 0
+  assert caplog.records[-1].getMessage() == (
+      f'Pairs of text and code: {number["train"]} train, '
+      f'{number["validation"]} validation, {number["test"]} test; dropped: '
+      f'{metadata["pairs_dropped"]["near_duplicate"]} near_duplicate.'
+  )
+
+
+def test_a_corpus_of_a_version_before_pairs_is_kept(rows, prepared, tmp_path):
+  shutil.copytree(prepared, tmp_path / 'corpus')
+  path = tmp_path / 'corpus' / 'metadata.json'
+  metadata = json.loads(path.read_text())
+  assert metadata['settings'].pop('pairs') is False
+  path.write_text(json.dumps(metadata))
+  before = modification_times(tmp_path)
+  prepare_corpus(str(tmp_path / 'corpus'), [rows], **SETTINGS)
+  line = expect_refusal(
+      'choose another corpus_dir',
+      str(tmp_path / 'corpus'), [rows], pairs=True, **SETTINGS,
+  )  # fmt: skip
+  assert "expected a corpus of {'pairs': True}" in line
+  assert "found one of {'pairs': False}" in line
+  assert modification_times(tmp_path) == before
+
+
 @pytest.mark.parametrize(
     ('changes', 'named'),
     [
