@@ -16,6 +16,7 @@ from codet5p_jax import main
 from codet5p_jax import stage_1
 from codet5p_jax.corpus.build import CorpusSettings
 from codet5p_jax.data import vocabularies
+from codet5p_jax.data.task_tokens import codet5_layout
 from codet5p_jax.objectives import span_denoising
 from codet5p_jax.planning.parameters import count, parameter_shapes
 from codet5p_jax.runs.precompile import precompile
@@ -28,6 +29,7 @@ PARAMETERS = {
     'models/t5_60m.gin': 60_492_288,
     'models/t5_220m.gin': 222_882_048,
     'models/t5_770m.gin': 737_639_424,
+    'models/bimodal_tiny.gin': 1_476_738,
     'models/bimodal_220m.gin': 223_082_754,
     'models/embedding_110m.gin': 109_806_208,
     'models/codegen_350m.gin': 356_712_448,
@@ -69,7 +71,7 @@ REFUSED = {
     ('models/codegen_6b.gin', 'finetune'): 'with an encoder',
     ('models/codegen_16b.gin', 'finetune'): 'with an encoder',
 }
-REQUIRED = re.compile(r'^([A-Z_]+) = %gin.REQUIRED$', re.M)
+REQUIRED = re.compile(r'^([A-Z_0-9]+) = %gin.REQUIRED$', re.M)
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +91,7 @@ def listed(name: str) -> list[str]:
   paragraphs = re.findall(
       r'^# (?:Required|Often set)\b.*(?:\n# .+)*', header(name), re.M
   )
-  return re.findall(r'\b[A-Z]{2,}(?:_[A-Z]+)*\b', ' '.join(paragraphs))
+  return re.findall(r'\b[A-Z]{2,}(?:_[A-Z0-9]+)*\b', ' '.join(paragraphs))
 
 
 def example(name: str) -> list[str] | None:
@@ -205,6 +207,52 @@ def test_the_presets_of_released_models_have_the_ids_of_their_vocabulary():
       assert config.vocabulary_kinds[0] == 'codegen'
     else:
       assert ids == (0, 2, 0)
+
+
+def test_the_bimodal_presets_have_the_task_tokens_of_their_vocabulary(
+    small_corpus,
+):
+  own = vocabularies.load_vocabulary(small_corpus / 'vocabulary')
+  released = codet5_layout(
+      ['<pad>', '<s>', '</s>', '<unk>', '<mask>', *map(str, range(31_995))],
+      bimodal=True,
+  )
+  for model, ids in (
+      ('models/bimodal_tiny.gin', own.task_tokens),
+      ('models/bimodal_220m.gin', released.task_tokens),
+  ):
+    configuration.load([model])
+    config = configuration.macro('MODEL')
+    assert (
+        config.match_id, config.text_decoder_id, config.code_decoder_id
+    ) == (ids.match, ids.tdec, ids.cdec)  # fmt: skip
+
+
+def test_the_tiny_bimodal_model_is_the_tiny_one_and_its_heads():
+  shapes = []
+  for model in ('models/tiny.gin', 'models/bimodal_tiny.gin'):
+    configuration.load([model])
+    shapes.append(parameter_shapes(configuration.macro('MODEL').make_model()))
+  tiny, bimodal = (set(part.items()) for part in shapes)
+  assert tiny < bimodal
+  assert {path.split('/')[0] for path, _ in bimodal - tiny} == {
+      'projection', 'matching_head'
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    'model', [name for name in PARAMETERS if 'bimodal' in name]
+)
+def test_stage_2_makes_a_step_of_the_models_that_it_is_for(model):
+  configuration.load(
+      [model, 'objectives/stage_2.gin', 'runs/pretrain.gin'],
+      {'BATCH_SIZE': 256},
+      run=precompile,
+  )
+  config = configuration.macro('STEP_CONFIG')
+  [objective] = config.objectives
+  assert objective.name == 'bimodal'
+  assert config.model.initial_temperature == 0.07
 
 
 def test_the_released_composites_alone_know_indentation_by_tabs():
@@ -363,15 +411,26 @@ def test_the_main_job_fits_its_own_model_and_corpus():
   makefile = pathlib.Path(__file__).parents[1] / 'Makefile'
   recipe = makefile.read_text().split('\npretrain:')[1].split('\n\n')[0]
   commands = recipe.replace('\\\n', ' ').split('$(CODET5P) ')
-  prepare, train_command = (
-      next(c for c in commands if c.startswith(name)).split()
-      for name in ('prepare_corpus', 'train')
-  )
-  flags = dict(word.removeprefix('--').split('=') for word in prepare[1:])
-  assert flags.keys() == {'corpus_dir', 'sources', 'languages'}
-  gin_files = [w.split('=')[1] for w in train_command if '.gin' in w]
-  macros = dict(w.split('=') for w in train_command[1:] if '.gin' not in w)
-  configuration.load(gin_files, macros | {'TRAIN_STEPS': 1000}, run=train)
-  config = configuration.macro('STEP_CONFIG')
-  assert config.model.vocab_size == CorpusSettings.vocab_size
-  assert [o.first_step > 0 for o in config.objectives] == [False, True, True]
+  [prepare] = [c for c in commands if c.startswith('prepare_corpus')]
+  flags = {word.removeprefix('--').split('=')[0] for word in prepare.split()}
+  assert flags == {
+      'prepare_corpus', 'corpus_dir', 'sources', 'languages', 'pairs'
+  }  # fmt: skip
+  stages = []
+  for command in commands:
+    words = shlex.split(command, comments=True)
+    if words[:1] == ['train']:
+      gin_files = [w.split('=')[1] for w in words if '.gin' in w]
+      macros = dict(w.split('=', 1) for w in words[1:] if '.gin' not in w)
+      macros |= {'TRAIN_STEPS': 1000}
+      configuration.load(gin_files, macros, run=train)
+      stages.append(configuration.macro('STEP_CONFIG'))
+  for config in stages:
+    assert config.model.vocab_size == CorpusSettings.vocab_size
+  first, second = stages
+  assert [o.first_step > 0 for o in first.objectives] == [False, True, True]
+  [pairs] = second.objectives
+  assert pairs.queue_size % second.batch_size == 0
+  # What stage 1 trained fits.
+  sizes = dataclasses.asdict(first.model)
+  assert sizes.items() <= dataclasses.asdict(second.model).items()

@@ -8,20 +8,26 @@ and projection alone.
 """
 
 import dataclasses
+import math
 from typing import ClassVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from codet5p_jax.array_typing import PRNGKey, Tokens, Tree
-from codet5p_jax.errors import require_positive
+from codet5p_jax.array_typing import PRNGKey, Scalar, Tokens, Tree
+from codet5p_jax.errors import UserError, require_positive
 from codet5p_jax.layers.dense import Dense, fan_in_stddev
 from codet5p_jax.models import t5
 from codet5p_jax.models.computation import Computation
 
 # Of the matching head's two outputs, the one that says a pair is a match.
 MATCH = 1
+
+# Between which the temperature is kept, as in the code that the authors cite
+# (BLIP).
+LEAST_TEMPERATURE, GREATEST_TEMPERATURE = 0.001, 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +36,19 @@ class BimodalConfig(t5.T5Config):
 
   Attributes:
     projection_dim: width of an embedding.
+    match_id: the token [Match], in place of the first one where the decoder
+      matches.
+    text_decoder_id: [TDec], where it writes text.
+    code_decoder_id: [CDec], where it writes code.
+    initial_temperature: of the similarities of text and code, a parameter that
+      contrast trains. None for a model without one: the released have none.
   """
 
   projection_dim: int = 256
+  match_id: int = 32100
+  text_decoder_id: int = 32101
+  code_decoder_id: int = 32102
+  initial_temperature: float | None = None
 
   vocabulary_kinds: ClassVar[tuple[str, ...]] = (
       'codet5_bimodal',
@@ -42,6 +58,15 @@ class BimodalConfig(t5.T5Config):
   def __post_init__(self):
     super().__post_init__()
     require_positive(projection_dim=self.projection_dim)
+    temperature = self.initial_temperature
+    if temperature is not None and not (
+        math.isfinite(temperature)
+        and LEAST_TEMPERATURE <= temperature <= GREATEST_TEMPERATURE
+    ):
+      raise UserError(
+          f'expected an initial_temperature of {LEAST_TEMPERATURE} to '
+          f'{GREATEST_TEMPERATURE}, found {temperature}; set TEMPERATURE'
+      )
 
   def make_model(self, computation: Computation = Computation()) -> 'Bimodal':
     return Bimodal(self, computation)
@@ -75,6 +100,8 @@ class Embedding(t5.T5):
         bias_axes=('projection',),
         dtype=self.computation.dtype,
     )
+    if self.config.initial_temperature is not None:
+      self.temperature = Temperature(self.config.initial_temperature)
 
   def embed(
       self, encoder_input_tokens: Tokens, deterministic: bool = True
@@ -83,13 +110,23 @@ class Embedding(t5.T5):
 
     It is the projected state of the first token, `<s>`.
     """
-    encoded = self.encode(encoder_input_tokens, deterministic=deterministic)
+    return self.project(
+        self.encode(encoder_input_tokens, deterministic=deterministic)
+    )
+
+  def project(
+      self, encoded: Float[Array, 'batch length embed']
+  ) -> Float[Array, 'batch projection']:
+    """As `embed`, of rows that are encoded already."""
     return _normalise(self.projection(encoded[:, 0]))
+
+  def similarity_temperature(self) -> Scalar:
+    """What similarities are divided by before their softmax, float32."""
+    return self.temperature()
 
   def init_params(self, key: PRNGKey) -> Tree:
     """Returns initial parameters, boxed with the names of their axes."""
-    token = jnp.ones((1, 1), jnp.int32)
-    return self.init(key, token, method='embed')['params']
+    return self.init(key, method=_use_every_part)['params']
 
 
 class Bimodal(Embedding):
@@ -134,15 +171,53 @@ class Bimodal(Embedding):
     rows = jnp.arange(decoder_input_tokens.shape[0])
     return self.matching_head(hidden[rows, last]).astype(jnp.float32)
 
-  def init_params(self, key: PRNGKey) -> Tree:
-    """Returns initial parameters, boxed with the names of their axes."""
-    token = jnp.ones((1, 1), jnp.int32)
 
-    def use_every_part(model):
-      model.embed(token)
-      model.match(model.encode(token), token, token)
+class Temperature(nn.Module):
+  """The temperature of the similarities, a parameter."""
 
-    return self.init(key, method=use_every_part)['params']
+  initial: float
+
+  @nn.compact
+  def __call__(self) -> Scalar:
+    """Returns it, kept between the bounds."""
+    value = self.param(
+        'value',
+        nn.with_logical_partitioning(
+            nn.initializers.constant(self.initial), ()
+        ),
+        (),
+        jnp.float32,
+    )
+    return _bounded(value)
+
+
+@jax.custom_vjp
+def _bounded(value: Scalar) -> Scalar:
+  """Between the bounds; a parameter beyond is not driven further out.
+
+  BLIP cuts the parameter itself before each step. A gradient that leads back is
+  that at the bound.
+  """
+  return jnp.clip(value, LEAST_TEMPERATURE, GREATEST_TEMPERATURE)
+
+
+def _bounded_backward(value, gradient):
+  leads_out = jnp.where(
+      gradient > 0, value <= LEAST_TEMPERATURE, value >= GREATEST_TEMPERATURE
+  )
+  return (jnp.where(leads_out, 0.0, gradient),)
+
+
+_bounded.defvjp(lambda value: (_bounded(value), value), _bounded_backward)
+
+
+def _use_every_part(model: Embedding) -> None:
+  token = jnp.ones((1, 1), jnp.int32)
+  model.embed(token)
+  if isinstance(model, Bimodal):
+    model.match(model.encode(token), token, token)
+  if model.config.initial_temperature is not None:
+    model.similarity_temperature()
 
 
 def _normalise(

@@ -21,6 +21,7 @@ from codet5p_jax.initialisation import (
     parts_table,
     plan_first_state,
 )
+from codet5p_jax.models.bimodal import BimodalConfig
 from codet5p_jax.planning.chips import peak_flops_per_second
 from codet5p_jax.planning.flops import training_flops
 from codet5p_jax.sharding import make_mesh
@@ -246,7 +247,6 @@ def train(
                   train_step,
                   state.params,
                   state.frozen_params,
-                  state.objective_state,
                   data.validation,
                   evaluation_batch_count,
                   after_batch,
@@ -316,7 +316,7 @@ def _read_data(
   """
   objectives = config.objectives
   made = []
-  if all(objective.reads_corpus for objective in objectives):
+  if all(objective.reads != 'texts' for objective in objectives):
     # Of sources it makes a corpus, once.
     on_first_process(
         lambda: made.append(
@@ -325,6 +325,7 @@ def _read_data(
                 f'{run_dir.rstrip("/")}.corpus',
                 vocabulary_dir,
                 config.model.vocab_size,
+                any(objective.reads == 'pairs' for objective in objectives),
             )
         )
     )
@@ -423,7 +424,7 @@ def _microbatch_flops(train_step: TrainStep) -> dict[str, int]:
   return {
       o.name: training_flops(
           config.model,
-          o.batch_spec(config.microbatch_rows(o)),
+          o.passes(config.microbatch_rows(o)),
           trained,
           config.computation,
       ).least
@@ -484,6 +485,16 @@ def _check_vocabulary(vocabulary: Vocabulary, config: StepConfig) -> None:
         f'for the end of a text, as the model has, found {tokens.pad} and '
         f'{tokens.eos} in the vocabulary; set pad_id and eos_id of the model'
     )
+  # An encoder alone reads none of these.
+  if isinstance(model, BimodalConfig) and 'decoder' in model.head_counts():
+    expected = model.match_id, model.text_decoder_id, model.code_decoder_id
+    found = tokens.match, tokens.tdec, tokens.cdec
+    if expected != found:
+      raise UserError(
+          f'expected the task tokens {expected} to match, to write text and to '
+          f'write code, as the model has, found {found} in the vocabulary; set '
+          f'match_id, text_decoder_id and code_decoder_id of the model'
+      )
 
 
 def _identity(

@@ -9,6 +9,7 @@ of hosts reads the same global batch, each only the rows its devices hold.
 
 import collections
 import concurrent.futures
+import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,9 +18,8 @@ import jax
 import numpy as np
 
 from codet5p_jax.training.teacher_forcing import without_markers
+from codet5p_jax.training.objective import Objective, StepBatch
 from codet5p_jax.training.train_step import (
-    Objective,
-    StepBatch,
     StepConfig,
     TrainStep,
     microbatch_counts,
@@ -30,6 +30,8 @@ from codet5p_jax.training.train_step import (
 EVALUATION_SEED = 0
 
 _FINGERPRINT_ROWS = 64
+# In place of the padding token, for some vocabularies end texts by that.
+_PADDING = -1
 
 
 def example_generator(seed: int, index: int) -> np.random.Generator:
@@ -91,10 +93,42 @@ def evaluation_examples(
   def example(index, row):
     generator = example_generator(EVALUATION_SEED, index)
     made = objective.example(row, generator, vocabulary)
+    if 'decoder_target_tokens' not in made:
+      return made
     return without_markers(made, vocabulary.task_tokens)
 
   rows = objective.rows(data_dir, split, vocabulary)
   return grain.MapDataset.source(rows).map_with_index(example)
+
+
+def unpadded_example(
+    objective: Objective,
+    row: Any,
+    generator: np.random.Generator,
+    vocabulary: Any,
+) -> dict[str, np.ndarray]:
+  """The token ids of an example, without its padding.
+
+  Args:
+    objective: makes the example.
+    row: of it.
+    generator: see `example_generator`.
+    vocabulary: of the rows.
+
+  Returns:
+    {feature: int32 [tokens]} of those features whose names end in "_tokens",
+    by their names without that, such as "decoder_target" or "text".
+  """
+  task_tokens = dataclasses.replace(vocabulary.task_tokens, pad=_PADDING)
+  # Not by `copy`, which would read the vocabulary's files again.
+  marking = object.__new__(type(vocabulary))
+  vars(marking).update(vars(vocabulary), task_tokens=task_tokens)
+  example = objective.example(row, generator, marking)
+  return {
+      name.removesuffix('_tokens'): ids[ids != _PADDING]
+      for name, ids in example.items()
+      if name.endswith('_tokens')
+  }
 
 
 def data_fingerprint(

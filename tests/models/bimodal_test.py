@@ -164,3 +164,35 @@ def test_a_configuration_says_what_goes_with_it():
   for config in (BIMODAL, EMBEDDING):
     assert not config.prompt_to_decoder and not config.indent_with_tabs
     assert config.vocabulary_kinds[0] == 'codet5_bimodal'
+
+
+@pytest.mark.parametrize(('value', 'down', 'up'), [
+    (0.02, 1, -1), (0.7, 1, 0), (-3.0, 0, -1),
+])  # fmt: skip
+def test_a_temperature_is_kept_between_its_bounds_and_can_come_back(
+    value, down, up
+):
+  """Gradients of 1 and -1, which descent follows down and up."""
+  model = dataclasses.replace(
+      BIMODAL, initial_temperature=0.07
+  ).make_model(COMPUTATION)
+  shapes = nn.unbox(jax.eval_shape(model.init_params, jax.random.key(0)))
+  assert shapes['temperature']['value'].shape == ()
+
+  def of(value):
+    params = {'temperature': {'value': value}}
+    return model.apply({'params': params}, method='similarity_temperature')
+
+  found, backward = jax.vjp(of, jnp.float32(value))
+  assert found == pytest.approx(np.clip(value, 0.001, 0.5), rel=1e-6)
+  assert [backward(jnp.float32(sign))[0] for sign in (1, -1)] == [down, up]
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), 0.0, 0.6, -1.0])
+def test_a_temperature_that_makes_no_sense_is_refused(value):
+  with pytest.raises(UserError, match='temperature of 0.001 to 0.5, found'):
+    dataclasses.replace(BIMODAL, initial_temperature=value)
+
+
+def test_only_a_model_that_is_asked_for_one_has_a_temperature(params):
+  assert 'temperature' not in params

@@ -5,12 +5,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from codet5p_jax.models.bimodal import BimodalConfig
 from codet5p_jax.models.codegen import CodeGenConfig
 from codet5p_jax.models.computation import REMAT_POLICIES, Computation
 from codet5p_jax.models.shallow_encoder_deep_decoder import (
     ShallowEncoderDeepDecoderConfig,
 )
 from codet5p_jax.models.t5 import T5Config
+from codet5p_jax.objectives.bimodal import Bimodal
 from codet5p_jax.objectives.causal_lm import CausalLM
 from codet5p_jax.objectives.sequence_to_sequence import SequenceToSequence
 from codet5p_jax.planning.flops import forward_flops, training_flops
@@ -116,7 +118,7 @@ def test_frozen_parts_of_the_composite_cost_their_forward_pass_alone():
   objective = SequenceToSequence(5, 7, prompt_to_decoder=True)
   flops = training_flops(
       COMPOSITE,
-      objective.batch_spec(9),
+      objective.passes(9),
       paths(COMPOSITE, SHALLOW),
       Computation(remat_policy='full'),
   )
@@ -147,7 +149,9 @@ def test_what_is_trained_whole_costs_three_forward_passes(config, objective):
   spec = objective.batch_spec(13)
   source = spec['encoder_input_tokens'].shape[1]
   target = spec['decoder_target_tokens'].shape[1]
-  flops = training_flops(config, spec, paths(config, ['.*']), Computation())
+  flops = training_flops(
+      config, objective.passes(13), paths(config, ['.*']), Computation()
+  )
   assert flops.recomputed == 0
   assert flops.least == 3 * forward_flops(config, 13, source, target)
 
@@ -204,7 +208,7 @@ def compiled_and_planned(config, objective, trainable, computation):
   compiled = train_step.step.lower(train_step.abstract_state, batch).compile()
   planned = training_flops(
       config,
-      objective.batch_spec(6),
+      objective.passes(6),
       flax.traverse_util.flatten_dict(
           train_step.abstract_state.params, sep='/'
       ),
@@ -247,3 +251,32 @@ def test_a_compiled_t5_of_which_some_is_frozen_does_little_more(trainable):
   buckets = 2 * 2 * T5.relative_attention_num_buckets * T5.num_heads
   biases = buckets * (7 * 7 + 8 * 8)
   assert planned.least < compiled <= planned.least + biases
+
+
+def test_a_compiled_step_of_stage_2_does_the_least():
+  """The slow encoder has no backward pass; heads are next to nothing."""
+  config = BimodalConfig(
+      **dataclasses.asdict(T5), projection_dim=2, initial_temperature=0.1
+  )
+  objective = Bimodal(9, 13, queue_size=6, loss_tile_length=4)
+  compiled, planned = compiled_and_planned(
+      config, objective, ['.*'], Computation('float32', 0.0, 'none', False)
+  )
+  assert 1 <= compiled / planned.least < 1.03
+
+
+def test_an_encoder_without_gradient_is_counted_forward_only():
+  objective = Bimodal(9, 13, queue_size=6, losses=('contrastive',))
+  config = BimodalConfig(**dataclasses.asdict(T5), initial_temperature=0.1)
+  flops = training_flops(
+      config,
+      objective.passes(6),
+      paths(config, ['.*']),
+      Computation('float32'),
+  )
+  # With a target of no tokens, but for keys and values of the source.
+  keys_and_values = 2 * 6 * 3 * 2 * (9 + 13) * 24 * 32
+  encoders = sum(forward_flops(T5, 6, length, 0) for length in (9, 13))
+  encoders -= keys_and_values
+  assert flops.forward == 2 * encoders
+  assert flops.backward == 2 * encoders

@@ -11,9 +11,11 @@ import jax
 import numpy as np
 import pytest
 
+from codet5p_jax.data.vocabularies import load_vocabulary
 from codet5p_jax.errors import Preempted, UserError
 from codet5p_jax.generation import Generator
 from codet5p_jax.models.computation import Computation
+from codet5p_jax.models.bimodal import BimodalConfig, EmbeddingConfig
 from codet5p_jax.models.t5 import T5Config
 from codet5p_jax.objectives.causal_lm import CausalLM
 from codet5p_jax.objectives.seq2seq_causal_lm import Seq2SeqCausalLM
@@ -358,6 +360,11 @@ class ForReleasedVocabularies(T5Config):
             {},
             'kind codet5 or codet5_bimodal, .* found sentencepiece',
         ),
+        (
+            BimodalConfig,
+            {'match_id': 5, 'code_decoder_id': 6},
+            r'tokens \(5, 32101, 6\) to match, .* found \(5, 6, 7\) in the',
+        ),
     ],
 )
 def test_a_vocabulary_that_does_not_suit_the_model_is_refused(
@@ -369,6 +376,16 @@ def test_a_vocabulary_that_does_not_suit_the_model_is_refused(
     run(other, tmp_path / 'run', small_corpus)
   assert '\n' not in str(error.value)
   assert not (tmp_path / 'run').exists()
+
+
+def test_an_encoder_alone_needs_no_task_tokens(config, small_corpus):
+  fields = dataclasses.asdict(config.model) | {'vocab_size': 600}
+  del fields['num_decoder_layers']
+  vocabulary = load_vocabulary(small_corpus / 'vocabulary')
+  for model in (EmbeddingConfig(**fields), config.model):
+    train_run._check_vocabulary(
+        vocabulary, dataclasses.replace(config, objectives=(), model=model)
+    )
 
 
 @pytest.mark.parametrize('mesh_shape', [(1, 4, 2), (1, 1, 1)])
