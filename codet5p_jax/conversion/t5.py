@@ -3,7 +3,10 @@
 Names and shapes: transformers' `T5ForConditionalGeneration`, and the released
 repositories' own classes, which add `proj` and `itm_head`. The table of
 embeddings goes by four names there, any of which a file may have; an export
-has `shared.weight`, to which transformers ties the others.
+has `shared.weight`, to which transformers ties the others. The temperature of
+the similarities, which only training needs, has no place there. Nor have the
+task tokens in the released config.json, which all have the same; an export has
+a field for each.
 """
 
 import re
@@ -77,6 +80,12 @@ _MATCHING_HEAD = (
     Row('itm_head.weight', 'matching_head/kernel', TRANSPOSED),
     Row('itm_head.bias', 'matching_head/bias', SAME),
 )
+# Fields of our configuration and of config.json.
+_TASK_TOKENS = {
+    'match_id': 'match_token_id',
+    'text_decoder_id': 'text_decoder_token_id',
+    'code_decoder_id': 'code_decoder_token_id',
+}
 
 
 def _stack(
@@ -150,6 +159,10 @@ def _read_bimodal(config: Mapping[str, Any]) -> BimodalConfig:
       **_read_fields(config),
       **_read_decoder(config),
       projection_dim=field(config, 'embed_dim'),
+      **{
+          ours: field(config, theirs, default=getattr(BimodalConfig, ours))
+          for ours, theirs in _TASK_TOKENS.items()
+      },
   )
 
 
@@ -205,6 +218,9 @@ def _write_bimodal(config: BimodalConfig) -> dict[str, Any]:
   return _write_t5(config) | {
       'model_type': 'codet5p_bimodal',
       'embed_dim': config.projection_dim,
+      **{
+          theirs: getattr(config, ours) for ours, theirs in _TASK_TOKENS.items()
+      },
   }
 
 

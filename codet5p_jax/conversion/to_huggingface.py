@@ -39,13 +39,30 @@ DTYPES = ('float16', 'bfloat16', 'float32')
 _SHARD_BYTES = 10**9
 
 
+def without_layout(weights: WeightSource) -> tuple[WeightSource, list[str]]:
+  """Leaves out what Hugging Face's layout has no place for.
+
+  Returns:
+    The weights that it has a place for, and the paths of the others: only
+    training needs them.
+
+  Raises:
+    UserError: it has no such family of models.
+  """
+  rows = family_of_config(weights.model).rows(weights.model)
+  placed = {path for row in rows for path in row.paths}
+  shapes = {p: leaf for p, leaf in weights.shapes.items() if p in placed}
+  left_out = [path for path in weights.shapes if path not in placed]
+  return dataclasses.replace(weights, shapes=shapes), left_out
+
+
 def convert_to_huggingface(
     weights: WeightSource, target: Path, dtype: str | None, advance: Advance
 ) -> float:
   """Writes weights in Hugging Face's layout.
 
   Args:
-    weights: of a family that has such a layout.
+    weights: of a family that has such a layout; see `without_layout`.
     target: must not exist.
     dtype: of `DTYPES`; None for those of the source.
     advance: called for each tensor twice, when written and when compared.

@@ -20,6 +20,7 @@ from codet5p_jax.conversion.target_folder import require_free
 from codet5p_jax.conversion.to_huggingface import (
     DTYPES,
     convert_to_huggingface,
+    without_layout,
 )
 from codet5p_jax.conversion.to_ours import convert_to_ours
 from codet5p_jax.errors import UserError
@@ -83,7 +84,12 @@ def convert(
     with _progress(weights) as bar:
       worst = convert_to_ours(theirs, destination, bar.update)
   else:
-    weights = open_source(folder, init_from)
+    weights, left_out = without_layout(open_source(folder, init_from))
+    if left_out:
+      _logger.info(
+          'The layout of Hugging Face has no place for %s, which only training '
+          'needs: left out.', ', '.join(left_out)
+      )  # fmt: skip
     with _progress(weights) as bar:
       worst = convert_to_huggingface(weights, destination, dtype, bar.update)
     if (destination / 'vocabulary').exists():

@@ -42,6 +42,7 @@ T5 = {
     'eos_token_id': 2,
     'decoder_start_token_id': 0,
     'embed_dim': 11,
+    'match_token_id': 71,
 }
 
 
@@ -164,7 +165,7 @@ def test_the_bimodal_model_embeds_and_generates_as_t5(
 
 
 def test_matching_reads_the_last_end_of_the_code(bimodal, bimodal_tensors):
-  match, end = 71, T5['eos_token_id']
+  match, end = T5['match_token_id'], T5['eos_token_id']
   batch = make_batch()
   lengths = batch['decoder_attention_mask'].sum(1)
   code = batch['decoder_input_ids'] * batch['decoder_attention_mask']
@@ -177,7 +178,6 @@ def test_matching_reads_the_last_end_of_the_code(bimodal, bimodal_tensors):
         batch['attention_mask'],
         given,
         batch['decoder_attention_mask'],
-        match_token_id=match,
     )
   assert torch.equal(given, code)
   code[:, 0] = match

@@ -259,6 +259,69 @@ def test_transformers_loads_an_export_and_computes_our_embeddings(
   np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+def test_a_trained_bimodal_model_does_the_same_in_pytorch(
+    tmp_path, random_parameters, transformers, monkeypatch, caplog
+):
+  import torch
+
+  ids = {'match_id': 23, 'text_decoder_id': 24, 'code_decoder_id': 25}
+  config = dataclasses.replace(
+      MODELS['codet5p_bimodal'], initial_temperature=0.07, **ids
+  )
+  monkeypatch.setitem(MODELS, 'codet5p_bimodal', config)
+  with caplog.at_level('INFO', 'codet5p_jax'):
+    model, params, folder = export(
+        tmp_path, random_parameters, 'codet5p_bimodal'
+    )
+  [line] = [x for x in caplog.messages if 'temperature' in x]
+  assert 'no place for temperature/value, which only training' in line
+  theirs = load(transformers, 'AutoModel', folder)
+  numbers = np.random.default_rng(0)
+  text, code = (numbers.integers(26, 131, (3, n)) for n in (7, 9))
+  for row, length in enumerate((9, 6, 8)):
+    code[row, length - 1 :] = config.pad_id
+    code[row, length - 1] = config.eos_id
+  text[1, 4:] = config.pad_id
+
+  @jax.jit
+  def compute(params):
+    def apply(method, *inputs):
+      return model.apply({'params': params}, *inputs, method=method)
+
+    encoded = apply('encode', jnp.asarray(text))
+    read = jnp.asarray(code).at[:, 0].set(config.match_id)
+    logits = apply('match', encoded, jnp.asarray(text), read)
+    return apply('embed', jnp.asarray(text)), logits
+
+  embeddings, logits = compute(params)
+  tokens = torch.from_numpy(text), torch.from_numpy(text != config.pad_id)
+  codes = torch.from_numpy(code), torch.from_numpy(code != config.pad_id)
+  with torch.no_grad():
+    np.testing.assert_allclose(embeddings, theirs.embed(*tokens), atol=1e-5)
+    expected = theirs.match_logits(*tokens, *codes).numpy()
+  scale = np.max(np.abs(expected))
+  np.testing.assert_allclose(logits / scale, expected / scale, atol=1e-5)
+  # And back, as a model that is used: the tokens come along.
+  convert(str(folder), str(tmp_path / 'back'))
+  back = open_source(tmp_path / 'back')
+  assert back.model == dataclasses.replace(config, initial_temperature=None)
+  assert 'temperature/value' not in back.shapes
+
+
+@pytest.mark.parametrize('kind', ['codet5p_bimodal', 'codet5p_embedding'])
+def test_a_released_model_comes_without_a_temperature(
+    make_folder, tmp_path, kind
+):
+  folder = make_folder(kind)
+  for name in ('match', 'text_decoder', 'code_decoder'):  # As released.
+    folder.config.pop(f'{name}_token_id', None)
+  ours = open_source(to_ours(folder.write(), tmp_path))
+  assert ours.model == MODELS[kind]
+  assert ours.model.initial_temperature is None
+  assert ours.model.match_id == 32100
+  assert not any('temperature' in path for path in ours.shapes)
+
+
 def write_run(folder, config, params):
   folder.mkdir()
   write_json(folder / 'config.json', describe({'model': config}))

@@ -50,7 +50,6 @@ class CodeT5pBimodalModel(T5ForConditionalGeneration):
       attention_mask,
       decoder_input_ids,
       decoder_attention_mask,
-      match_token_id=32100,
   ):
     """Whether each text and code of a batch belong together.
 
@@ -61,9 +60,9 @@ class CodeT5pBimodalModel(T5ForConditionalGeneration):
       input_ids: [batch, text length], the text: `<s> ... </s>`, padded.
       attention_mask: [batch, text length], 0 for padding.
       decoder_input_ids: [batch, code length], the code: `<s> ... </s>`, padded;
-        not shifted. Its first token is read as `match_token_id`.
+        not shifted. Its first token is read as `match_token_id`, which the
+        configuration has and which stands for this task.
       decoder_attention_mask: [batch, code length], 0 for padding.
-      match_token_id: `[ENC]`, the token that stands for this task.
 
     Returns:
       [batch, 2]; column 1 speaks for a match.
@@ -79,7 +78,7 @@ class CodeT5pBimodalModel(T5ForConditionalGeneration):
       )
     last = ends.shape[1] - 1 - ends.flip(1).int().argmax(dim=1)
     decoder_input_ids = decoder_input_ids.clone()
-    decoder_input_ids[:, 0] = match_token_id
+    decoder_input_ids[:, 0] = self.config.match_token_id
     encoded = self.encoder(input_ids, attention_mask=attention_mask)
     decoded = self.decoder(
         decoder_input_ids,
