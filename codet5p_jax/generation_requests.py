@@ -11,6 +11,7 @@ from codet5p_jax.decoding.infilling import (
     split_at_gaps,
 )
 from codet5p_jax.errors import UserError
+from codet5p_jax.models.bimodal import BimodalConfig
 from codet5p_jax.tasks.prompts import Prompt
 from codet5p_jax.trained_model import TrainedModel
 
@@ -21,6 +22,8 @@ MODES = (
     'seq2seq_causal_lm',
     'infill',
     'as_released',
+    'text_to_code',
+    'code_to_text',
 )
 # In these the completion follows the prompt.
 CONTINUING_MODES = (
@@ -32,6 +35,12 @@ _MODE_OF = {
     'causal_lm': 'decoder_only',
     'seq2seq_causal_lm': 'seq2seq_causal_lm',
     'span_denoising': 'infill',
+}
+# What stage 2 teaches, by the names of its losses; and the field of the
+# model with the token that the decoder begins with.
+_TASK_TOKEN_OF = {
+    'text_to_code': 'code_decoder_id',
+    'code_to_text': 'text_decoder_id',
 }
 
 
@@ -88,17 +97,29 @@ def choose_mode(
         f'expected a model with a decoder, found {type(model).__name__}, which '
         f'has none; give the folder of another'
     )
-  trained_for = [o.name for o in trained.train_step.config.objectives]
+  objectives = {o.name: o for o in trained.train_step.config.objectives}
+  trained_for = list(objectives)
+  taught = [m for name, m in _MODE_OF.items() if name in trained_for]
   if 'encoder' not in stacks:
     fitting = ['decoder_only']
   elif model.prompt_to_decoder:
     # The encoder of a released one has never seen a task token.
-    fitting = ['encoder_and_decoder']
-    fitting += [m for name, m in _MODE_OF.items() if name in trained_for]
+    fitting = ['encoder_and_decoder', *taught]
+  elif 'bimodal' in objectives:
+    # What it may have begun with, it has not been trained on since.
+    losses = objectives['bimodal'].losses
+    fitting = [mode for mode in _TASK_TOKEN_OF if mode in losses] + taught
+    if not fitting:
+      raise UserError(
+          f'expected a model that was trained to write, found one of '
+          f'{" and ".join(losses)} alone; give the folder of another'
+      )
   elif trained_for == ['sequence_to_sequence']:
     fitting = ['encoder_decoder', *_MODE_OF.values()]
   else:
     fitting = ['decoder_only', 'encoder_decoder', 'seq2seq_causal_lm', 'infill']
+    if isinstance(model, BimodalConfig) and not trained_for:  # A released one.
+      fitting = [*_TASK_TOKEN_OF, *fitting]
   if 'encoder' in stacks and trained.vocabulary.kind != 'sentencepiece':
     fitting.append('as_released')
   if mode is None:
@@ -130,9 +151,11 @@ def make_request(trained: TrainedModel, mode: str, prompt: Prompt) -> Request:
       it; "encoder_decoder" gives it to the encoder, and the decoder answers;
       "encoder_and_decoder" gives it to both, as models with a frozen decoder
       need it; "infill" fills the gaps of a prompt, marked <extra_id_0>,
-      <extra_id_1> and so on. "as_released" gives it as the released models were
-      evaluated: to the encoder as their tokenizers encode it, and to a frozen
-      decoder too, without a start token (spec 7.1, T14).
+      <extra_id_1> and so on; "text_to_code" and "code_to_text" give a bimodal
+      model's encoder one side, and its decoder writes the other, told which by
+      the token that it begins with. "as_released" gives it as the released
+      models were evaluated: to the encoder as their tokenizers encode it, and
+      to a frozen decoder too, without a start token (spec 7.1, T14).
     prompt: texts for encoder and decoder. One for the decoder stands before
       what it writes, if the mode `takes_decoder_prompt`; without one, a
       decoder that gets the prompt gets the encoder's.
@@ -160,8 +183,10 @@ def make_request(trained: TrainedModel, mode: str, prompt: Prompt) -> Request:
   elif mode == 'seq2seq_causal_lm':
     source = [ids.clm, *begin, *vocabulary.encode(text)]
     target = [start, *begin, *vocabulary.encode(forced or '')]
-  elif mode == 'encoder_decoder':
+  elif mode == 'encoder_decoder' or mode in _TASK_TOKEN_OF:
     source = [*begin, *vocabulary.encode(text), ids.eos]
+    if mode in _TASK_TOKEN_OF:
+      begin = [getattr(model, _TASK_TOKEN_OF[mode])]
     target = [start, *begin, *vocabulary.encode(forced or '')]
   else:  # As SequenceToSequence trains models that get the prompt twice.
     source = vocabulary.encode(text)

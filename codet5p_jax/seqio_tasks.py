@@ -1,13 +1,13 @@
 """Objectives as seqio tasks, for seqio's mixtures, caching and inspection.
 
 A task makes the very examples that `evaluation_examples` gives the trainer, by
-the same functions, under the names seqio uses: `inputs` and `targets`, without
-padding. Nothing is registered at import.
+the same functions, without padding; sources and targets under the names that
+seqio uses: `inputs` and `targets`. Nothing is registered at import.
 
 seqio and TensorFlow are imported here, not in training.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,18 @@ from codet5p_jax.corpus.folder import SPLITS
 from codet5p_jax.corpus.provision import corpus_of
 from codet5p_jax.data.seqio_vocabularies import SeqioVocabulary
 from codet5p_jax.data.vocabularies import load_vocabulary
-from codet5p_jax.training.batches import EVALUATION_SEED, example_generator
+from codet5p_jax.objectives.bimodal import Bimodal
+from codet5p_jax.training.batches import (
+    EVALUATION_SEED,
+    example_generator,
+    unpadded_example,
+)
 
 # At most so many parts of a split are read, and cached, side by side.
 MAX_SHARDS = 64
 
 STAGE_1 = 'stage_1'
+STAGE_2 = 'stage_2'
 
 
 def register_stage_1(
@@ -61,6 +67,64 @@ def register_stage_1(
   )
 
 
+def register_stage_2(
+    data: str,
+    corpus_dir: str | None = None,
+    vocabulary_dir: str | None = None,
+    objective: Bimodal = Bimodal(),
+) -> None:
+  """Registers pairs of text and code, and writing each of the other.
+
+  The task `bimodal` has the features `text` and `code`. `text_to_code` and
+  `code_to_text` have `inputs`, and `targets` that begin with the task token, as
+  the decoder writes them; their mixture at equal rates is `stage_2`.
+
+  Args:
+    data: see `register_stage_1`; a corpus folder must have pairs.
+    corpus_dir: likewise.
+    vocabulary_dir: likewise.
+    objective: with the lengths that are wanted.
+
+  Raises:
+    UserError: there is no such data or vocabulary, or no pairs, or no
+      corpus_dir where one is needed.
+  """
+  corpus_dir = corpus_of(data, corpus_dir, vocabulary_dir, pairs=True)
+  vocabulary = load_vocabulary(vocabulary_dir or f'{corpus_dir}/vocabulary')
+  ids = vocabulary.task_tokens
+
+  def text_and_code(index, text, code):
+    row = {'text': text, 'code': code}
+    generator = example_generator(EVALUATION_SEED, int(index))
+    made = unpadded_example(objective, row, generator, vocabulary)
+    return made['text'], made['code']
+
+  def text_to_code(*row):
+    text, code = text_and_code(*row)
+    return text, _begun_by(ids.cdec, code)
+
+  def code_to_text(*row):
+    text, code = text_and_code(*row)
+    return code, _begun_by(ids.tdec, text)
+
+  sides, writes = ('text', 'code'), ('inputs', 'targets')
+  source = RowsSource(_rows_by_split(objective, corpus_dir, vocabulary), sides)
+  for name, make, features in (
+      (objective.name, text_and_code, sides),
+      ('text_to_code', text_to_code, writes),
+      ('code_to_text', code_to_text, writes),
+  ):
+    _add_task(name, source, make, features, vocabulary)
+  seqio.MixtureRegistry.add(
+      STAGE_2, [('text_to_code', 1.0), ('code_to_text', 1.0)]
+  )
+
+
+def _begun_by(task_token: int, framed: np.ndarray) -> np.ndarray:
+  """A sequence with a task token in place of its <s>."""
+  return np.concatenate([[task_token], framed[1:]]).astype(np.int32)
+
+
 def register_task(
     name: str,
     objective: Any,
@@ -92,15 +156,49 @@ def register_task(
         vocabulary,
     )
 
+  source = RowsSource(
+      _rows_by_split(objective, corpus_dir, vocabulary),
+      ('tokens', 'word_starts'),
+  )
+  _add_task(
+      name, source, source_and_target, ('inputs', 'targets'), vocabulary
+  )
+
+
+def _rows_by_split(
+    objective: Any, corpus_dir: str, vocabulary: Any
+) -> dict[str, Any]:
+  return {
+      split: objective.rows(corpus_dir, split, vocabulary) for split in SPLITS
+  }
+
+
+def _add_task(
+    name: str,
+    source: 'RowsSource',
+    make: Callable[..., tuple[np.ndarray, np.ndarray]],
+    features: Sequence[str],
+    vocabulary: Any,
+) -> None:
+  """Registers a task.
+
+  Args:
+    name: of the task.
+    source: of the rows.
+    make: (index, and each of a row's fields) -> each of the features.
+    features: of the examples; token ids.
+    vocabulary: of the features.
+  """
+
   def make_example(row):
-    inputs, targets = tf.numpy_function(
-        source_and_target,
-        [row['index'], row['tokens'], row['word_starts']],
-        (tf.int32, tf.int32),
+    made = tf.numpy_function(
+        make,
+        [row[field] for field in ('index', *source.fields)],
+        [tf.int32] * len(features),
     )
     return {
-        'inputs': tf.ensure_shape(inputs, [None]),
-        'targets': tf.ensure_shape(targets, [None]),
+        feature: tf.ensure_shape(ids, [None])
+        for feature, ids in zip(features, made, strict=True)
     }
 
   def make_examples(rows):
@@ -109,25 +207,21 @@ def register_task(
   feature = seqio.Feature(SeqioVocabulary(vocabulary), add_eos=False)
   seqio.TaskRegistry.add(
       name,
-      source=TokenRowsSource(
-          {
-              split: objective.rows(corpus_dir, split, vocabulary)
-              for split in SPLITS
-          }
-      ),
+      source=source,
       preprocessors=[seqio.CacheDatasetPlaceholder(), make_examples],
-      output_features={'inputs': feature, 'targets': feature},
+      output_features=dict.fromkeys(features, feature),
   )
 
 
-class TokenRowsSource(seqio.DataSource):
-  """Token rows by split: {'index', 'tokens', 'word_starts'}, int32.
+class RowsSource(seqio.DataSource):
+  """Rows by split: {'index' and the fields of a row}, int32.
 
   seqio's own source of TensorFlow Datasets cannot read ArrayRecord.
   """
 
-  def __init__(self, rows: dict[str, Any]):
+  def __init__(self, rows: dict[str, Any], fields: Sequence[str]):
     self._rows = rows
+    self.fields = tuple(fields)
     super().__init__(
         splits=tuple(rows),
         num_input_examples={split: len(part) for split, part in rows.items()},
@@ -159,15 +253,15 @@ class TokenRowsSource(seqio.DataSource):
 
     def row(index):
       found = rows[int(index)]
-      return found['tokens'], found['word_starts'].astype(np.int32)
+      return [found[field].astype(np.int32) for field in self.fields]
 
     def read(index):
-      tokens, starts = tf.numpy_function(row, [index], (tf.int32, tf.int32))
-      return {
-          'index': tf.cast(index, tf.int32),
-          'tokens': tf.ensure_shape(tokens, [None]),
-          'word_starts': tf.ensure_shape(starts, [None]),
+      found = tf.numpy_function(row, [index], [tf.int32] * len(self.fields))
+      fields = {
+          field: tf.ensure_shape(values, [None])
+          for field, values in zip(self.fields, found, strict=True)
       }
+      return {'index': tf.cast(index, tf.int32), **fields}
 
     indices = tf.data.Dataset.range(first, last)
     if shuffle:

@@ -1,6 +1,7 @@
 import dataclasses
 import types
 
+import numpy as np
 import pytest
 
 from codet5p_jax.data.vocabularies import load_vocabulary
@@ -10,6 +11,8 @@ from codet5p_jax.generation_requests import (
     choose_mode,
     make_request,
 )
+from codet5p_jax.models.bimodal import BimodalConfig, EmbeddingConfig
+from codet5p_jax.objectives.bimodal import Bimodal
 from codet5p_jax.tasks.prompts import Prompt
 from codet5p_jax.trained_model import TrainedModel
 
@@ -40,6 +43,27 @@ def make_trained(
           )
       ),
   )
+  return trained
+
+
+def make_bimodal(vocabulary, objectives=(), kind=BimodalConfig):
+  """As `make_trained`, of a model for text and code."""
+  ids = vocabulary.task_tokens
+  trained = make_trained(vocabulary)
+  decoder = {'num_decoder_layers': 1} if kind is BimodalConfig else {}
+  trained.train_step.config.model = kind(
+      vocab_size=vocabulary.vocab_size,
+      emb_dim=4,
+      num_heads=1,
+      head_dim=3,
+      mlp_dim=5,
+      num_encoder_layers=2,
+      decoder_start_id=START,
+      text_decoder_id=ids.tdec,
+      code_decoder_id=ids.cdec,
+      **decoder,
+  )
+  trained.train_step.config.objectives = objectives
   return trained
 
 
@@ -198,3 +222,82 @@ def test_a_vocabulary_without_bos_gets_none(vocabulary, monkeypatch):
   ):
     request = make_request(trained, mode, Prompt('a', text, None))
     assert (request.source, request.target) == (tuple(source), tuple(target))
+
+
+@pytest.mark.parametrize(
+    ('losses', 'fitting'),
+    [
+        (
+            ('contrastive', 'text_to_code', 'code_to_text'),
+            ['text_to_code', 'code_to_text'],
+        ),
+        (('code_to_text',), ['code_to_text']),
+    ],
+)
+def test_a_bimodal_run_writes_what_it_was_trained_to(
+    vocabulary, losses, fitting
+):
+  trained = make_bimodal(vocabulary, [Bimodal(9, 13, 1, losses=losses)])
+  assert choose_mode(trained, None) == fitting[0]
+  for mode in fitting:
+    assert choose_mode(trained, mode) == mode
+  told = f'expected MODE={" or ".join(fitting)} for BimodalConfig'
+  for mode in {'infill', 'decoder_only', 'text_to_code'} - {*fitting}:
+    with pytest.raises(UserError, match=told):
+      choose_mode(trained, mode)
+
+
+def test_a_bimodal_run_keeps_what_it_is_trained_on_beside(vocabulary):
+  beside = types.SimpleNamespace(name='span_denoising')
+  trained = make_bimodal(vocabulary, [beside, Bimodal(9, 13, 1)])
+  assert choose_mode(trained, None) == 'text_to_code'
+  assert choose_mode(trained, 'infill') == 'infill'
+
+
+def test_a_run_that_never_wrote_is_told(vocabulary):
+  losses = ('contrastive', 'matching')
+  trained = make_bimodal(vocabulary, [Bimodal(9, 13, 1, losses=losses)])
+  with pytest.raises(UserError, match='of contrastive and matching alone'):
+    choose_mode(trained, None)
+  embedding = make_bimodal(vocabulary, kind=EmbeddingConfig)
+  with pytest.raises(UserError, match='expected a model with a decoder'):
+    choose_mode(embedding, 'text_to_code')
+
+
+def test_a_released_bimodal_model_writes_both_ways(vocabulary):
+  trained = make_bimodal(vocabulary)
+  assert choose_mode(trained, None) == 'text_to_code'
+  for mode in ('code_to_text', 'text_to_code', 'infill', 'decoder_only'):
+    assert choose_mode(trained, mode) == mode
+  tuned = make_bimodal(
+      vocabulary, [types.SimpleNamespace(name='sequence_to_sequence')]
+  )
+  assert choose_mode(tuned, None) == 'encoder_decoder'
+  with pytest.raises(UserError, match='found text_to_code; set MODE=encoder_d'):
+    choose_mode(tuned, 'text_to_code')
+  with pytest.raises(UserError, match='for SimpleNamespace as it was trained'):
+    choose_mode(make_trained(vocabulary), 'text_to_code')
+
+
+def test_one_side_is_asked_for_by_the_other_as_in_training(vocabulary):
+  ids, encode = vocabulary.task_tokens, vocabulary.encode
+  trained = make_bimodal(vocabulary)
+  text, code = 'adds two numbers', 'def f(a, b):\n  return a + b\n'
+  row = {'text': np.array(encode(text)), 'code': np.array(encode(code))}
+  example = Bimodal(128, 420, 1).example(
+      row, np.random.default_rng(0), vocabulary
+  )
+  for mode, prompt, side, task in (
+      ('text_to_code', text, 'text', ids.cdec),
+      ('code_to_text', code, 'code', ids.tdec),
+  ):
+    request = make_request(trained, mode, Prompt('a', prompt))
+    trained_on = example[f'{side}_tokens'].tolist()
+    assert list(request.source) == trained_on[: len(request.source)]
+    assert trained_on[len(request.source)] == ids.pad
+    assert request.source[-1] == ids.eos
+    assert request.target == (START, task)
+    assert request.render(encode('return')) == 'return'
+    begun = make_request(trained, mode, Prompt('a', prompt, 'two'))
+    assert begun.source == request.source
+    assert begun.target == (START, task, *encode('two'))

@@ -8,6 +8,8 @@ import seqio
 
 from codet5p_jax import seqio_tasks
 from codet5p_jax.data.vocabularies import load_vocabulary
+from codet5p_jax.errors import UserError
+from codet5p_jax.objectives.bimodal import Bimodal
 from codet5p_jax.objectives.causal_lm import CausalLM
 from codet5p_jax.objectives.seq2seq_causal_lm import Seq2SeqCausalLM
 from codet5p_jax.objectives.span_denoising import SpanDenoising
@@ -32,8 +34,8 @@ def stage_1(small_corpus):
     seqio.TaskRegistry.remove(name)
 
 
-def rows_of(name, split, **changes):
-  lengths = {'inputs': 99, 'targets': 99}
+def rows_of(name, split, lengths=None, **changes):
+  lengths = lengths or {'inputs': 99, 'targets': 99}
   dataset = seqio.get_mixture_or_task(name).get_dataset(
       lengths, split=split, shuffle=False, **changes
   )
@@ -82,6 +84,71 @@ def test_the_mixture_holds_all_objectives_at_equal_rates(stage_1):
       is_seq2seq = inputs[0] == clm
       kinds['seq2seq_causal_lm' if is_seq2seq else 'span_denoising'] += 1
   assert all(240 < count < 360 for count in kinds.values())
+
+
+SIDES = {'text': 7, 'code': 41}  # Short, so that some are cut.
+PAIRS = Bimodal(
+    text_length=SIDES['text'], code_length=SIDES['code'], queue_size=3
+)
+
+
+@pytest.fixture
+def stage_2(paired_corpus):
+  """As `stage_1`."""
+  seqio_tasks.register_stage_2(str(paired_corpus), objective=PAIRS)
+  yield str(paired_corpus)
+  seqio.MixtureRegistry.remove('stage_2')
+  for name in ('bimodal', 'text_to_code', 'code_to_text'):
+    seqio.TaskRegistry.remove(name)
+
+
+@pytest.mark.parametrize('split', ['train', 'validation', 'test'])
+def test_seqio_gives_exactly_the_pairs_of_the_trainer(stage_2, split):
+  vocabulary = load_vocabulary(f'{stage_2}/vocabulary')
+  ids = vocabulary.task_tokens
+  expected = evaluation_examples(PAIRS, stage_2, split, vocabulary)
+  pairs = rows_of('bimodal', split, lengths={'text': 99, 'code': 99})
+  written = {
+      task: (rows_of(f'{source}_to_{target}', split), source, target, token)
+      for task, (source, target, token) in enumerate(
+          [('text', 'code', ids.cdec), ('code', 'text', ids.tdec)]
+      )
+  }
+  assert len(pairs) == len(expected) > 1
+  are_cut = set()
+  for place, (pair, ours) in enumerate(zip(pairs, expected, strict=True)):
+    assert pair.keys() == {'text', 'code'}
+    for side, length in SIDES.items():
+      tokens = ours[f'{side}_tokens']
+      assert pair[side].dtype == np.int32
+      assert pair[side].tolist() == tokens[: len(pair[side])].tolist()
+      assert not tokens[len(pair[side]) :].any()
+      assert (pair[side][0], pair[side][-1]) == (ids.bos, ids.eos)
+      are_cut.add((side, len(pair[side]) == length))
+    for rows, source, target, token in written.values():
+      row = rows[place]
+      assert row.keys() == {'inputs', 'targets'}
+      assert row['inputs'].tolist() == pair[source].tolist()
+      assert row['targets'].tolist() == [token, *pair[target][1:]]
+      assert row['targets'].dtype == np.int32
+  assert {('text', True), ('code', True)} <= are_cut
+
+
+def test_the_mixture_of_stage_2_writes_both_sides_equally(stage_2):
+  vocabulary = load_vocabulary(f'{stage_2}/vocabulary')
+  ids = vocabulary.task_tokens
+  dataset = seqio.MixtureRegistry.get('stage_2').get_dataset(
+      {'inputs': 99, 'targets': 99}, split='train', shuffle=False, seed=0,
+      num_epochs=None,
+  ).take(400)  # fmt: skip
+  begins = [row['targets'][0] for row in dataset.as_numpy_iterator()]
+  assert set(begins) == {ids.cdec, ids.tdec}
+  assert 150 < begins.count(ids.cdec) < 250
+
+
+def test_a_corpus_without_pairs_has_no_stage_2(small_corpus):
+  with pytest.raises(UserError, match='expected pairs in .*--pairs'):
+    seqio_tasks.register_stage_2(str(small_corpus))
 
 
 def test_stretches_of_a_split_lie_end_to_end(stage_1):

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import itertools
 import os
+import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,14 +14,33 @@ import numpy as np
 import tqdm
 
 from codet5p_jax import stage_1
+from codet5p_jax.corpus.folder import PAIRS
 from codet5p_jax.corpus.provision import corpus_of
 from codet5p_jax.data.vocabularies import load_vocabulary
 from codet5p_jax.errors import UserError, require_positive
+from codet5p_jax.objectives.bimodal import Bimodal
 from codet5p_jax.storage import local_path
-from codet5p_jax.training.batches import example_generator, training_rows
+from codet5p_jax.training.batches import (
+    example_generator,
+    training_rows,
+    unpadded_example,
+)
 from codet5p_jax.training.run_folder import RunFolder, read_config, rebuild
 
 _WIDTH = 80
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sequence:
+  """What an example has of one feature.
+
+  Attributes:
+    ids: token ids, without padding.
+    is_cut: whether the row had more; None where it cannot be told.
+  """
+
+  ids: np.ndarray
+  is_cut: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +49,13 @@ class _Task:
 
   Attributes:
     name: for the heading.
-    examples: yields {feature: token ids}, without padding.
+    examples: yields {feature: what the example has of it}.
     lengths: {feature: tokens of a padded row}; empty where nothing is padded.
     decode: (feature, token ids) to text, special tokens by name.
   """
 
   name: str
-  examples: Iterator[dict[str, np.ndarray]]
+  examples: Iterator[dict[str, _Sequence]]
   lengths: dict[str, int]
   decode: Callable[[str, np.ndarray], str]
 
@@ -55,8 +75,9 @@ def inspect_data(
 
   Args:
     data_dir: a corpus folder, looked at as stage 1 with the paper's lengths
-      does; or source files, such as a folder of them or
-      jsonl://rows.jsonl?field=code, with corpus_dir. Or give run_dir or module.
+      does, and as stage 2 if it has pairs; or source files, such as a folder
+      of them or jsonl://rows.jsonl?field=code, with corpus_dir. Or give run_dir
+      or module.
     corpus_dir: where a corpus is made of source files.
     run_dir: the folder of a run, for its own data, objectives and lengths.
     task: one objective, by default all; with module, the name of any seqio
@@ -97,6 +118,8 @@ def _objectives(
 ) -> list[_Task]:
   if run_dir is None:
     objectives = stage_1.OBJECTIVES
+    if (pathlib.Path(data_dir) / PAIRS).is_dir():
+      objectives += (Bimodal(),)
     vocabulary_dir = vocabulary_dir or f'{data_dir}/vocabulary'
     seed = 0
   else:
@@ -126,21 +149,35 @@ def _objective(
 
   def examples():
     for index in itertools.count():
-      source, target = objective.source_and_target(
-          rows[index], example_generator(seed, index), vocabulary
+      row = rows[index]
+      example = unpadded_example(
+          objective, row, example_generator(seed, index), vocabulary
       )
-      yield {'source': source, 'target': target}
+      yield {
+          name: _Sequence(ids, _is_cut(ids, row.get(name), vocabulary))
+          for name, ids in example.items()
+      }
 
-  spec = objective.batch_spec(1)
   return _Task(
       objective.name,
       examples(),
       {
-          'source': spec['encoder_input_tokens'].shape[1],
-          'target': spec['decoder_target_tokens'].shape[1],
+          name.removesuffix('_tokens'): spec.shape[1]
+          for name, spec in objective.batch_spec(1).items()
+          if name.endswith('_tokens')
       },
       lambda _, ids: vocabulary.decode(ids, skip_special_ids=False),
   )
+
+
+def _is_cut(
+    ids: np.ndarray, whole: np.ndarray | None, vocabulary: Any
+) -> bool | None:
+  """Whether a sequence lacks tokens; None where the row says nothing of it."""
+  if whole is None:
+    return None
+  ends = vocabulary.task_tokens.bos, vocabulary.task_tokens.eos
+  return bool(len(whole) > np.isin(ids, ends, invert=True).sum())
 
 
 def _seqio_task(module: str, task: str | None, split: str) -> _Task:
@@ -181,7 +218,7 @@ def _seqio_task(module: str, task: str | None, split: str) -> _Task:
     return vocabulary.decode(ids.tolist())
 
   examples = (
-      {name: example[name] for name in features}
+      {name: _Sequence(example[name]) for name in features}
       for example in dataset.as_numpy_iterator()
   )
   return _Task(task, examples, {}, decode)
@@ -192,18 +229,21 @@ def _show(task: _Task, num_examples: int, num_rows: int) -> None:
   print(f'{f" {task.name} ":=^{_WIDTH}}')
   examples = iter(task.examples)
   for number, example in enumerate(itertools.islice(examples, num_examples)):
-    for name, ids in example.items():
-      title = f' example {number + 1}: {name}, {len(ids)} tokens '
+    for name, sequence in example.items():
+      title = f' example {number + 1}: {name}, {len(sequence.ids)} tokens '
       print(f'{title:-^{_WIDTH}}')
-      print(task.decode(name, ids))
+      print(task.decode(name, sequence.ids))
   totals: dict[str, int] = {}
+  cut: dict[str, int] = {}
   begin, rows = time.monotonic(), 0
   for example in tqdm.tqdm(
       itertools.islice(examples, num_rows), 'measuring', num_rows, unit=' rows'
   ):
     rows += 1
-    for name, ids in example.items():
-      totals[name] = totals.get(name, 0) + len(ids)
+    for name, sequence in example.items():
+      totals[name] = totals.get(name, 0) + len(sequence.ids)
+      if sequence.is_cut is not None:
+        cut[name] = cut.get(name, 0) + sequence.is_cut
   seconds = time.monotonic() - begin
   print('-' * _WIDTH)
   for name, total in totals.items():
@@ -211,6 +251,8 @@ def _show(task: _Task, num_examples: int, num_rows: int) -> None:
     if name in task.lengths:
       length = task.lengths[name]
       line += f', {total / rows / length:.1%} of the {length} of a padded row'
+    if name in cut:
+      line += f'; {cut[name] / rows:.1%} of the rows are cut'
     print(line)
   print(
       f'{rows / seconds:,.0f} rows/s, {sum(totals.values()) / seconds:,.0f} '

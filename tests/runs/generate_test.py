@@ -9,6 +9,8 @@ import pytest
 from codet5p_jax.data.vocabularies import load_vocabulary
 from codet5p_jax.errors import UserError
 from codet5p_jax.generation import Batch, Completion, Generator
+from codet5p_jax.models.bimodal import BimodalConfig
+from codet5p_jax.objectives.bimodal import Bimodal
 from codet5p_jax.runs import generate as generate_run
 from codet5p_jax.runs.generate import generate
 from codet5p_jax.tasks.humaneval import HumanEval
@@ -107,6 +109,27 @@ def test_prompts_after_the_command_are_printed_with_their_completions(
   assert capsys.readouterr().out == 'a0.0\n\nb1.0\n\nc2.0\n\n'
   generate(['a'], run_dir, mode='encoder_decoder')
   assert capsys.readouterr().out == '0.0\n\n'
+
+
+def test_a_bimodal_model_answers_by_code_and_takes_a_beginning(
+    run_dir, monkeypatch, prompts_file, tmp_path, capsys
+):
+  trained = generate_run.load_trained_model(run_dir, (1,), None, None, True)
+  model = BimodalConfig(16, 4, 1, 3, 5, 2, 1)
+  monkeypatch.setattr(trained.train_step.config, 'model', model)
+  monkeypatch.setattr(
+      trained.train_step.config, 'objectives', [Bimodal(9, 13, 1)]
+  )
+  generate(['adds two numbers'], run_dir)
+  [row] = outputs(run_dir)
+  assert (row['mode'], row['completion']) == ('text_to_code', '0.0')
+  # What is written does not go on with the prompt.
+  assert capsys.readouterr().out == '0.0\n\n'
+  output = tmp_path / 'samples.jsonl'
+  generate([], run_dir, prompts_file, output=str(output), mode='code_to_text')
+  assert [row.get('decoder_prompt') for row in read(output)] == [
+      None, None, 'drei', None, None
+  ]  # fmt: skip
 
 
 def test_a_row_says_all_that_a_completion_depends_on(run_dir):

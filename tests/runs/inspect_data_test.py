@@ -1,16 +1,18 @@
 import re
 
+import numpy as np
 import pytest
 import seqio
 
 from codet5p_jax import stage_1
 from codet5p_jax.data.vocabularies import load_vocabulary
 from codet5p_jax.errors import UserError
+from codet5p_jax.objectives.bimodal import Bimodal
 from codet5p_jax.objectives.causal_lm import CausalLM
 from codet5p_jax.objectives.seq2seq_causal_lm import Seq2SeqCausalLM
 from codet5p_jax.objectives.span_denoising import SpanDenoising
 from codet5p_jax.runs.inspect_data import inspect_data
-from codet5p_jax.training.batches import training_examples
+from codet5p_jax.training.batches import training_examples, training_rows
 from codet5p_jax.training.run_folder import open_run_folder
 
 OBJECTIVES = (
@@ -55,8 +57,9 @@ def test_fill_is_the_share_of_tokens_in_padded_rows(run_dir, capsys):
   inspect_data(run_dir=run_dir, task='causal_lm', num_examples=1, num_rows=4)
   printed = capsys.readouterr().out
   assert 'span_denoising' not in printed
-  assert 'source: 1.0 tokens a row on average, 100.0% of the 1 of' in printed
-  assert 'target: 24.0 tokens a row on average, 100.0% of the 24 of' in printed
+  rows = 'tokens a row on average, 100.0% of the'
+  assert f'encoder_input: 1.0 {rows} 1 of' in printed
+  assert f'decoder_target: 24.0 {rows} 24 of' in printed
   inspect_data(
       run_dir=run_dir, task='seq2seq_causal_lm', num_examples=1, num_rows=9
   )
@@ -66,6 +69,49 @@ def test_fill_is_the_share_of_tokens_in_padded_rows(run_dir, capsys):
   assert source + target == pytest.approx(34, abs=0.11)
   assert f'{source / 29:.0%}'[:2] in printed
   assert re.search(r'[\d,]+ rows/s, [\d,]+ tokens/s', printed)
+
+
+@pytest.mark.parametrize('code_length', [30, 43, 60])
+def test_pairs_are_shown_and_how_many_of_them_are_cut(
+    paired_corpus, tmp_path, capsys, code_length
+):
+  objective = Bimodal(text_length=20, code_length=code_length, queue_size=4)
+  config = {
+      'objectives': (objective,), 'seed': 7, 'data_dir': str(paired_corpus)
+  }  # fmt: skip
+  open_run_folder(tmp_path / 'run', config)
+  vocabulary = load_vocabulary(paired_corpus / 'vocabulary')
+  vocabulary.save(tmp_path / 'run' / 'vocabulary')
+  inspect_data(run_dir=str(tmp_path / 'run'), num_examples=2, num_rows=50)
+  printed = capsys.readouterr().out
+  examples = training_examples(
+      objective, str(paired_corpus), vocabulary, seed=7
+  )
+  rows = training_rows(objective, str(paired_corpus), 'train', vocabulary, 7)
+  for index in range(2):
+    for side in ('text', 'code'):
+      ids = examples[index][f'{side}_tokens'].tolist()
+      shown = vocabulary.decode(ids, skip_special_ids=False)
+      assert shown.replace('<pad>', '') in printed
+  measured = range(2, 52)
+  lengths = np.array([len(rows[i]['code']) + 2 for i in measured])
+  cut = (lengths > code_length).mean()
+  assert cut == {30: 1, 60: 0}.get(code_length, pytest.approx(0.5, abs=0.49))
+  kept = np.minimum(lengths, code_length).mean()
+  assert (
+      f'code: {kept:.1f} tokens a row on average, {kept / code_length:.1%} of '
+      f'the {code_length} of a padded row; {cut:.1%} of the rows are cut'
+  ) in printed
+  assert re.search(r'text: .* of the 20 of .*; 0.0% of the rows', printed)
+
+
+def test_a_corpus_with_pairs_is_shown_as_both_stages(paired_corpus, capsys):
+  inspect_data(str(paired_corpus), num_examples=1, num_rows=1)
+  printed = capsys.readouterr().out
+  for name in ('span_denoising', 'seq2seq_causal_lm', 'causal_lm', 'bimodal'):
+    assert f' {name} ' in printed
+  assert 'of the 128 of a padded row' in printed
+  assert 'of the 420 of a padded row' in printed
 
 
 def test_a_corpus_is_shown_with_the_lengths_of_the_paper(
