@@ -1,5 +1,6 @@
 """Curves and bars of a run, drawn from what it wrote down."""
 
+import dataclasses
 import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,23 @@ _BUCKETS = {
 _INCHES, _DOTS_PER_INCH = (4.6, 3.4), 120
 
 
+@dataclasses.dataclass(frozen=True)
+class LossCurve:
+  """A loss to draw.
+
+  Attributes:
+    metric: its name in the rows.
+    title: of its panel.
+    unit: what a number of it is; losses of one unit are drawn to one scale.
+    entropy: unigram entropy of the targets, nats, if it is known.
+  """
+
+  metric: str
+  title: str
+  unit: str
+  entropy: float | None = None
+
+
 def series(rows: Rows, kind: str, key: str) -> tuple[list[int], list[float]]:
   """The steps and values of a number in the rows of a kind that have it.
 
@@ -40,45 +58,47 @@ def series(rows: Rows, kind: str, key: str) -> tuple[list[int], list[float]]:
   return [step for step, _ in points], [value for _, value in points]
 
 
-def draw_losses(
-    rows: Rows, objectives: Sequence[str], entropies: Mapping[str, float]
-) -> bytes:
-  """Draws the losses of each objective over the steps; returns a PNG.
+def draw_losses(rows: Rows, curves: Sequence[LossCurve]) -> bytes:
+  """Draws losses over the steps; returns a PNG.
 
   Args:
     rows: of metrics.jsonl.
-    objectives: their names; each gets a panel.
-    entropies: unigram entropy of an objective's targets, nats; those that are
-      known.
+    curves: each gets a panel.
   """
-  figure, panels = _panels(len(objectives), same_heights=True)
-  for name, panel in zip(objectives, panels, strict=True):
-    key = f'{name}/loss'
-    _plot(panel, *series(rows, 'train', key), _TRAINING, 'training')
-    _plot(panel, *series(rows, 'evaluation', key), _VALIDATION, 'validation')
-    if name in entropies:
+  figure, panels = _panels([curve.unit for curve in curves])
+  for curve, panel in zip(curves, panels, strict=True):
+    train, validation = (
+        series(rows, kind, curve.metric) for kind in ('train', 'evaluation')
+    )
+    _plot(panel, *train, _TRAINING, 'training')
+    _plot(panel, *validation, _VALIDATION, 'validation')
+    if curve.entropy is not None:
       panel.axhline(
-          entropies[name],
-          color=_ENTROPY,
-          linestyle='--',
-          label='unigram entropy',
+          curve.entropy, color=_ENTROPY, linestyle='--', label='unigram entropy'
       )
-    panel.set_title(name)
-    panel.set_ylabel('loss (nats a token)')
+    panel.set_title(curve.title)
+    panel.set_ylabel(f'loss ({curve.unit})')
     panel.legend(frameon=False)
   return _png(figure)
 
 
 def draw_throughput(rows: Rows) -> bytes:
-  """Draws target tokens a second, and MFU where it is known; returns a PNG."""
+  """Draws the speed, and MFU where it is known; returns a PNG.
+
+  The speed is target tokens a second, or steps where there are no such tokens.
+  """
   mfu = series(rows, 'train', 'mfu')
-  figure, panels = _panels(2 if mfu[0] else 1)
+  figure, panels = _panels(['speed', 'MFU'] if mfu[0] else ['speed'])
   rates = series(rows, 'train', 'target_tokens_per_second')
+  has_tokens = any(rates[1])
+  if not has_tokens:
+    rates = series(rows, 'train', 'steps_per_second')
   _plot(panels[0], *rates, _VALIDATION)
   panels[0].set_title('throughput')
-  panels[0].set_ylabel('target tokens a second')
+  unit = 'target tokens' if has_tokens else 'steps'
+  panels[0].set_ylabel(f'{unit} a second')
   panels[0].set_ylim(bottom=0)
-  panels[0].yaxis.set_major_formatter('{x:,.0f}')
+  panels[0].yaxis.set_major_formatter('{x:,.0f}' if has_tokens else '{x:,.3g}')
   if mfu[0]:
     _plot(panels[1], mfu[0], [100 * x for x in mfu[1]], _VALIDATION)
     panels[1].set_title('model FLOPs utilisation (MFU)')
@@ -137,22 +157,31 @@ def _plot(
   panel.plot(steps, values, color=color, label=label, marker=marker, ms=3)
 
 
-def _panels(
-    count: int, same_heights: bool = False
-) -> tuple['Figure', list[Any]]:
-  """A figure of so many panels over the steps, three in a row."""
+def _panels(units: Sequence[str]) -> tuple['Figure', list[Any]]:
+  """A figure of panels over the steps, three in a row.
+
+  Args:
+    units: of what each panel shows; those of one unit have one scale.
+  """
   from matplotlib.figure import Figure  # Draws to memory; needs no screen.
   from matplotlib.ticker import MaxNLocator
 
-  columns = min(count, 3)
-  lines = -(-count // columns)
+  columns = min(len(units), 3)
+  lines = -(-len(units) // columns)
   figure = Figure(
       figsize=(_INCHES[0] * columns, _INCHES[1] * lines), layout='constrained'
   )
   panels = []
-  for number in range(1, count + 1):
-    first = panels[0] if panels and same_heights else None
-    panels.append(figure.add_subplot(lines, columns, number, sharey=first))
+  for number, unit in enumerate(units):
+    first = units.index(unit)
+    panels.append(
+        figure.add_subplot(
+            lines,
+            columns,
+            number + 1,
+            sharey=panels[first] if first < number else None,
+        )
+    )
   for panel in panels:
     panel.set_xlabel('step')
     panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))

@@ -5,8 +5,11 @@ import pytest
 
 from codet5p_jax.errors import UserError
 from codet5p_jax.main import main
+from codet5p_jax.models.bimodal import BimodalConfig
 from codet5p_jax.models.computation import Computation
 from codet5p_jax.models.t5 import T5Config
+from codet5p_jax.objectives.bimodal import LOSSES as PAIR_LOSSES
+from codet5p_jax.objectives.bimodal import Bimodal
 from codet5p_jax.objectives.causal_lm import CausalLM
 from codet5p_jax.objectives.sequence_to_sequence import SequenceToSequence
 from codet5p_jax.runs import report as report_run
@@ -132,12 +135,12 @@ def test_the_curves_have_the_entropies_of_the_validation_split(
   drawn = []
 
   def draw_losses(*arguments):
-    drawn.append(arguments[-1])
+    drawn.append({curve.title: curve.entropy for curve in arguments[-1]})
     return b''
 
   monkeypatch.setattr(report_run, 'draw_losses', draw_losses)
   report(str(run.path))
-  assert drawn == [{'causal_lm': 4.25}]
+  assert drawn == [{'causal_lm': 4.25, 'sequence_to_sequence': None}]
 
 
 def test_time_and_speed_are_those_of_all_rows(run):
@@ -347,3 +350,176 @@ def test_losses_that_are_no_numbers_are_told_as_such(run):
   ]
   cells = [cell.strip() for cell in line.strip('|').split('|')]
   assert cells[2:] == ['nan', 'nan', 'nan', '4.250', 'nan']
+
+
+@pytest.fixture
+def make_pair_run(tmp_path):
+  """Makes the folder of a run that trains such losses of pairs."""
+
+  def make(*losses):
+    folder = open_run_folder(
+        tmp_path / '-'.join(losses),
+        {
+            'model': BimodalConfig(
+                vocab_size=131,
+                emb_dim=24,
+                num_heads=2,
+                head_dim=5,
+                mlp_dim=40,
+                num_encoder_layers=1,
+                num_decoder_layers=2,
+                initial_temperature=0.07,
+            ),
+            'objectives': (Bimodal(losses=losses),),
+            'optimizer': AdamW(1e-2, 2, 9, 0.1),
+            'computation': Computation(),
+            'train_steps': 9,
+            'data_dir': str(tmp_path / 'data'),
+        },
+    )
+    row = {f'bimodal/{loss}_loss': 2.0 for loss in losses}
+    append_metrics(folder.metrics, train_row(9, **row, **{'bimodal/loss': 8.0}))
+    return folder
+
+  return make
+
+
+def pair_metrics(losses):
+  values = {'bimodal/loss': 6.5}
+  for number, loss in enumerate(losses):
+    values |= {
+        f'bimodal/{loss}_loss': 1.5 + number,
+        f'bimodal/{loss}_accuracy': 0.25 + number / 8,
+    }
+  return values
+
+
+def cells_of(run, beginnings):
+  """The cells of the lines of tables that begin with one of these words."""
+  return [
+      [cell.strip() for cell in line.strip('|').split('|')]
+      for line in (run.path / 'report.md').read_text().splitlines()
+      if line.startswith(tuple(f'| {word}' for word in beginnings))
+  ]
+
+
+def test_losses_of_pairs_and_ranks_are_told_with_what_they_mean(
+    make_pair_run, capsys
+):
+  run = make_pair_run(*PAIR_LOSSES)
+  ranks = {
+      'pool_size': 1000, 'reranked': 32, 'mrr': 0.075, 'mrr_reranked': 0.15,
+      'mrr_bm25': 0.3, 'mrr_chance': 0.0075,
+  }  # fmt: skip
+  write_result(
+      run.path / 'evaluation' / 'test' / 'metrics.json',
+      {'step': 9, **pair_metrics(PAIR_LOSSES)}
+      | {f'bimodal/{name}': value for name, value in ranks.items()},
+  )
+  report(str(run.path))
+  where = 'test, at step 9'
+  assert cells_of(run, ['bimodal']) == [
+      ['bimodal: contrastive', where, '1.500', '25.0%'],
+      ['bimodal: matching', where, '2.500', '37.5%'],
+      ['bimodal: text_to_code', where, '3.500', '50.0%'],
+      ['bimodal: code_to_text', where, '4.500', '62.5%'],
+      ['bimodal: sum', where, '6.500', 'n/a'],
+  ]
+  assert [
+      cells
+      for cells in cells_of(run, ['encoder', 'BM25', 'chance'])
+      if len(cells) == 5  # The encoder has parameters, too.
+  ] == [
+      ['encoder', where, '1,000', '0.0750', '10.0'],
+      ['encoder, then decoder (first 32)', where, '1,000', '0.1500', '20.0'],
+      ['BM25', where, '1,000', '0.3000', '40.0'],
+      ['chance', where, '1,000', '0.0075', '1.0'],
+  ]
+  text = written(run)
+  for word in ('ln n', 'mean reciprocal rank (MRR)', 'knows names only',
+               '66.7%', '- `code_to_text`: each token'):  # fmt: skip
+    assert word in text
+  # What has no meaning for these losses is not explained.
+  assert 'perplexity' not in text and 'unigram' not in text
+  assert '| encoder, then decoder' in capsys.readouterr().out
+
+
+def test_each_loss_of_pairs_has_a_curve_with_its_unit(
+    make_pair_run, monkeypatch
+):
+  drawn = []
+
+  def draw_losses(rows, curves):
+    drawn.append({curve.metric: curve.unit for curve in curves})
+    return b''
+
+  monkeypatch.setattr(report_run, 'draw_losses', draw_losses)
+  for losses in (PAIR_LOSSES, ('contrastive',)):
+    report(str(make_pair_run(*losses).path))
+  assert drawn == [
+      {
+          'bimodal/loss': 'nats, sum of means',
+          'bimodal/contrastive_loss': 'nats a pair',
+          'bimodal/matching_loss': 'nats a verdict',
+          'bimodal/text_to_code_loss': 'nats a token',
+          'bimodal/code_to_text_loss': 'nats a token',
+      },
+      # The sum of one is that one.
+      {'bimodal/contrastive_loss': 'nats a pair'},
+  ]
+
+
+def test_a_run_that_only_contrasts_tells_of_nothing_else(make_pair_run):
+  run = make_pair_run('contrastive')
+  rows = train_row(9, target_tokens_per_second=0.0)
+  run.metrics.write_text(f'{json.dumps(rows)}\n')
+  append_metrics(
+      run.metrics,
+      {'step': 9, 'kind': 'evaluation', **pair_metrics(['contrastive'])},
+  )
+  report(str(run.path))
+  assert len(cells_of(run, ['bimodal'])) == 2
+  text = written(run)
+  assert '`contrastive`' in text and '`matching`' not in text
+  assert 'How well it finds code' not in text
+  assert 'checkpoints: 4 steps a second. Steps waited' in text
+
+
+def test_pairs_are_counted_beside_files(run, tmp_path):
+  (tmp_path / 'data').mkdir()
+  metadata = {
+      'files': {'train': 20, 'test': 3},
+      'tokens': {'train': 360, 'test': 41},
+      'languages': {'python': 20, 'go': 3},
+      'pairs': {'train': 1234, 'test': 56},
+      'pairs_by_language': {'python': 1290},
+      'pairs_dropped': {'no_text': 7, 'test': 9, 'empty': 0},
+  }
+  (tmp_path / 'data' / 'metadata.json').write_text(json.dumps(metadata))
+  report(str(run.path))
+  assert cells_of(run, ['train', 'test', 'python', 'go']) == [
+      ['train', '20', '360', '1,234'],
+      ['test', '3', '41', '56'],
+      ['python', '20', 'n/a', '1,290'],
+      ['go', '3', 'n/a', '0'],
+  ]
+  told = 'Functions left out of the pairs of text and code: test 9, no_text 7.'
+  assert told in written(run)
+
+
+def test_texts_and_codes_are_named_where_one_is_written_from_the_other(run):
+  settings = {'sampling': {'temperature': 0.4}, 'beam_search': None}
+  for mode in ('text_to_code', 'code_to_text'):
+    row = {
+        'prompt': 'given', 'mode': mode, 'completion': 'made', 'step': 9,
+        'settings': settings,
+    }  # fmt: skip
+    path = run.path / 'generation' / f'outputs-{mode}.jsonl'
+    write_result(path, f'{json.dumps(row)}\n')
+  report(str(run.path))
+  text = written(run)
+  for told in (
+      'step 9. Text: ``` given ``` Code that the model writes for it: ``` made',
+      'step 9. Code: ``` given ``` Text that the model writes about it: ``` ma',
+  ):
+    assert told in text
