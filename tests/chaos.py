@@ -245,7 +245,7 @@ def make_variants(folder: pathlib.Path) -> list[Variant]:
       a, b, c = numbers.sample(names, 3)
       head = f'def {a}_{index}({b}, {c}=None):\n'
       body = f'  return {b}[{index}] * {c} + {numbers.randrange(99)}\n\n\n'
-      text += head + body
+      text += head + f'  """Makes {a} of {b} and {c}."""\n  {c} += {b}\n' + body
       pairs.append({'source': head, 'target': body})
     rows.append({'text': text, 'origin': f'package-{origin}', 'path': 'a.py',
                  'language': 'python', 'licence': 'mit'})  # fmt: skip
@@ -258,6 +258,7 @@ def make_variants(folder: pathlib.Path) -> list[Variant]:
       f'--sources={folder}/rows.jsonl',
       f'--corpus_dir={folder}/corpus',
       '--vocab_size=600',
+      '--pairs',
   )
   shared = (
       f'TRAIN_STEPS={STEPS}',
@@ -289,6 +290,19 @@ def make_variants(folder: pathlib.Path) -> list[Variant]:
       'SEQ2SEQ_SOURCE_LENGTH=21',
       'SEQ2SEQ_TARGET_LENGTH=22',
       'CAUSAL_LM_TARGET_LENGTH=16',
+      'LOSS_TILE_LENGTH=8',
+      *shared,
+  )
+  stage_2 = (
+      '--gin_file=models/bimodal_tiny.gin',
+      '--gin_file=objectives/stage_2.gin',
+      '--gin_file=runs/pretrain.gin',
+      *(f'--gin.BimodalConfig.{name}={size}' for name, size in sizes.items()),
+      '--gin.BimodalConfig.projection_dim=12',
+      f'DATA_DIR={folder}/corpus',
+      'TEXT_LENGTH=14',
+      'CODE_LENGTH=24',
+      'QUEUE_SIZE=24',
       'LOSS_TILE_LENGTH=8',
       *shared,
   )
@@ -338,7 +352,11 @@ def make_variants(folder: pathlib.Path) -> list[Variant]:
   return [
       Variant(f'{name}, {count} process{"es" * (count > 1)}', arguments, count)
       for count in (1, 2)
-      for name, arguments in (('stage 1', stage_1), ('frozen decoder', frozen))
+      for name, arguments in (
+          ('stage 1', stage_1),
+          ('stage 2', stage_2),
+          ('frozen decoder', frozen),
+      )
   ]
 
 
