@@ -12,11 +12,14 @@ is added around a side.
 import contextlib
 import json
 import pathlib
-from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
+from codet5p_jax.corpus.records import (
+    explaining_damage,
+    open_source,
+    open_writer,
+)
 from codet5p_jax.corpus.token_store import token_dtype
 from codet5p_jax.errors import UserError
 
@@ -44,7 +47,7 @@ class PairTokenWriter:
     self._dtype = token_dtype(vocab_size)
     self._fingerprint = vocabulary_fingerprint
     self._num_pairs = 0
-    self._writer = open_records(folder / _PAIRS)
+    self._writer = open_writer(folder / _PAIRS)
 
   def write(self, text: np.ndarray, code: np.ndarray) -> None:
     """Appends a pair's token ids, [text length] and [code length]."""
@@ -64,14 +67,6 @@ class PairTokenWriter:
     }
     text = json.dumps(metadata, indent=2) + '\n'
     (self._folder / _METADATA).write_text(text)
-
-
-def open_records(path: pathlib.Path) -> Any:
-  """A writer of records, with `write` and `close`."""
-  from array_record.python.array_record_module import ArrayRecordWriter
-
-  # One record a group: a pair is read without decoding its neighbours.
-  return ArrayRecordWriter(str(path), 'group_size:1')
 
 
 class PairRows:
@@ -109,7 +104,7 @@ class PairRows:
       self._num_pairs = int(self.metadata['num_pairs'])
     _refuse_no_pairs(self._num_pairs, folder)
     with _explaining_damage(folder):
-      self._records = _open_source(folder / _PAIRS)
+      self._records = open_source(folder / _PAIRS)
       if len(self._records) != self._num_pairs:
         raise ValueError(
             f'{len(self._records)} pairs where {self._num_pairs} belong'
@@ -145,7 +140,7 @@ class PairTexts:
     """
     self._path = path
     with _explaining_damage(path):
-      self._records = _open_source(path)
+      self._records = open_source(path)
       number = len(self._records)
     _refuse_no_pairs(number, path)
 
@@ -159,14 +154,6 @@ class PairTexts:
       return json.loads(self._records[index])
 
 
-def _open_source(path: pathlib.Path) -> Any:
-  from array_record.python.array_record_data_source import (
-      ArrayRecordDataSource,
-  )
-
-  return ArrayRecordDataSource(str(path))
-
-
 def _refuse_no_pairs(number: int, path: pathlib.Path) -> None:
   if not number:
     raise UserError(
@@ -175,16 +162,12 @@ def _refuse_no_pairs(number: int, path: pathlib.Path) -> None:
     )
 
 
-@contextlib.contextmanager
-def _explaining_damage(path: pathlib.Path) -> Iterator[None]:
-  try:
-    yield
-  # ArrayRecord raises RuntimeError, also for a file that is missing.
-  except (
-      RuntimeError, ValueError, KeyError, TypeError, IndexError, OSError
-  ) as error:
-    reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
-    raise UserError(
-        f'expected whole pairs in {path}, found them damaged ({reason}); '
-        f'remove the corpus and prepare it again with --pairs'
-    ) from error
+def _explaining_damage(
+    path: pathlib.Path,
+) -> contextlib.AbstractContextManager[None]:
+  return explaining_damage(
+      path,
+      'whole pairs',
+      'them damaged',
+      'remove the corpus and prepare it again with --pairs',
+  )

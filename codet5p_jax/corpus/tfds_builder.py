@@ -5,10 +5,8 @@ the one module of this floor that imports tensorflow_datasets. The shards are
 written one by one, wherever their files are at hand, and put together by name.
 """
 
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
@@ -30,14 +28,6 @@ def serialise(file: SourceFile) -> bytes:
     feature.bytes_list.value.append(getattr(file, name).encode())
   # Otherwise the order of the features depends on the process.
   return example.SerializeToString(deterministic=True)
-
-
-def open_shard(path: pathlib.Path) -> Any:
-  """A writer of records, with `write` and `close`."""
-  from array_record.python.array_record_module import ArrayRecordWriter
-
-  # As TFDS has it: a file is read without its neighbours.
-  return ArrayRecordWriter(os.fspath(path), 'group_size:1')
 
 
 def gather_shards(

@@ -10,10 +10,15 @@ can be cut from the stream by index, so one store serves every objective.
 import contextlib
 import json
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 
+from codet5p_jax.corpus.records import (
+    explaining_damage,
+    open_source,
+    open_writer,
+)
 from codet5p_jax.errors import UserError
 
 FORMAT_VERSION = 1
@@ -41,12 +46,9 @@ def write_token_store(
   Returns:
     The store's metadata.
   """
-  from array_record.python.array_record_module import ArrayRecordWriter
-
   dtype = token_dtype(vocab_size)
   folder.mkdir(parents=True)
-  # One record a group: a row is read without decoding its neighbours.
-  writer = ArrayRecordWriter(str(folder / _BLOCKS), 'group_size:1')
+  writer = open_writer(folder / _BLOCKS)
   ids, starts = _Blocks(dtype), _Blocks(np.dtype(bool))
   num_documents = num_tokens = 0
 
@@ -117,10 +119,6 @@ class TokenRows:
       UserError: there is no store, it is damaged, or it holds less than one
         row. Reading a row of a damaged store raises it too.
     """
-    from array_record.python.array_record_data_source import (
-        ArrayRecordDataSource,
-    )
-
     path = folder / _METADATA
     if not path.is_file():
       raise UserError(
@@ -140,7 +138,7 @@ class TokenRows:
     with self._explaining_damage():
       self._dtype = np.dtype(self.metadata['token_dtype'])
       self._block_tokens = self.metadata['block_tokens']
-      self._blocks = ArrayRecordDataSource(str(folder / _BLOCKS))
+      self._blocks = open_source(folder / _BLOCKS)
       num_blocks = -(-self.metadata['num_tokens'] // self._block_tokens)
       if len(self._blocks) != num_blocks:
         raise ValueError(
@@ -153,17 +151,13 @@ class TokenRows:
           f'or shorten the rows'
       )
 
-  @contextlib.contextmanager
-  def _explaining_damage(self) -> Iterator[None]:
-    try:
-      yield
-    # ArrayRecord raises RuntimeError, also for a file that is missing.
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
-      reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
-      raise UserError(
-          f'expected a whole token store in {self._folder}, found it damaged '
-          f'({reason}); remove the corpus and prepare it again'
-      ) from error
+  def _explaining_damage(self) -> contextlib.AbstractContextManager[None]:
+    return explaining_damage(
+        self._folder,
+        'a whole token store',
+        'it damaged',
+        'remove the corpus and prepare it again',
+    )
 
   def __len__(self) -> int:
     return self.metadata['num_tokens'] // self._row_length

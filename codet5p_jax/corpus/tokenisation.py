@@ -23,6 +23,7 @@ import numpy as np
 
 from codet5p_jax.corpus.folder import SPLITS
 from codet5p_jax.corpus.reading import SUMMARY, read_documents, whole_folder
+from codet5p_jax.corpus.records import open_writer
 from codet5p_jax.corpus.source_files import SourceFile
 from codet5p_jax.corpus.token_store import token_dtype
 from codet5p_jax.corpus.units import Unit
@@ -130,7 +131,7 @@ class _Parts:
   def write(
       self, split: str, file: SourceFile, ids: np.ndarray, starts: np.ndarray
   ) -> None:
-    from codet5p_jax.corpus.tfds_builder import open_shard, serialise
+    from codet5p_jax.corpus.tfds_builder import serialise
 
     if split not in self._files:
       path = self._folder / split
@@ -138,7 +139,7 @@ class _Parts:
           self._stack.enter_context(open(f'{path}.{kind}', 'wb'))
           for kind in ('ids', 'starts', 'lengths')
       ]
-      self._shards[split] = open_shard(path.with_suffix('.array_record'))
+      self._shards[split] = open_writer(path.with_suffix('.array_record'))
     id_file, start_file, length_file = self._files[split]
     id_file.write(ids.astype(self._dtype).tobytes())
     start_file.write(np.packbits(starts).tobytes())

@@ -9,8 +9,8 @@ from codet5p_jax.corpus.pair_store import (
     PairRows,
     PairTexts,
     PairTokenWriter,
-    open_records,
 )
+from codet5p_jax.corpus.records import open_writer
 from codet5p_jax.errors import UserError
 
 PAIRS = [([1, 2, 3], [4, 5]), ([7], [0, 65535, 9, 9]), ([], [3]), ([8], [])]
@@ -26,7 +26,7 @@ def write_store(folder, pairs=PAIRS, vocab_size=2**16):
 
 
 def write_texts(path, records=RECORDS):
-  writer = open_records(path)
+  writer = open_writer(path)
   for record in records:
     writer.write(json.dumps(record).encode())
   writer.close()
@@ -115,7 +115,7 @@ def test_damaged_records_are_one_clear_line(tmp_path, content):
 @pytest.mark.parametrize('record', [b'', b'\x05\0\0\0\1\0', b'\0\0\0\0\1'])
 def test_a_damaged_record_is_one_clear_line(tmp_path, record):
   folder = write_store(tmp_path / 'store', PAIRS[:1])
-  writer = open_records(folder / 'pairs.array_record')
+  writer = open_writer(folder / 'pairs.array_record')
   writer.write(record)
   writer.close()
   expect_refusal('found them damaged', PairRows(folder).__getitem__, 0)

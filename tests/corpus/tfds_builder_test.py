@@ -4,11 +4,11 @@ import sys
 
 import pytest
 
+from codet5p_jax.corpus.records import open_writer
 from codet5p_jax.corpus.source_files import SourceFile
 from codet5p_jax.corpus.splits import split_origins
 from codet5p_jax.corpus.tfds_builder import (
     gather_shards,
-    open_shard,
     read_files,
     serialise,
 )
@@ -47,7 +47,7 @@ def write_files(folder, shards):
     paths[split] = []
     for number, files in enumerate(parts):
       path = folder / f'{split}-{number}'
-      shard = open_shard(path)
+      shard = open_writer(path)
       for file in files:
         shard.write(serialise(file))
       shard.close()
@@ -82,9 +82,9 @@ def test_neither_writing_nor_reading_imports_tensorflow(tmp_path):
   program = f'''
 import pathlib, sys
 from codet5p_jax.corpus.source_files import SourceFile
-from codet5p_jax.corpus import tfds_builder
+from codet5p_jax.corpus import records, tfds_builder
 folder = pathlib.Path({str(tmp_path)!r})
-shard = tfds_builder.open_shard(folder / 'shard')
+shard = records.open_writer(folder / 'shard')
 shard.write(tfds_builder.serialise(SourceFile('a', 'c', 'MIT', 'o', 'p')))
 shard.close()
 tfds_builder.gather_shards(folder, {{'train': [(folder / 'shard', 1)]}})

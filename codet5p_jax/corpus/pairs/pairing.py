@@ -27,7 +27,7 @@ import numpy as np
 import tqdm
 
 from codet5p_jax.corpus import folder as layout
-from codet5p_jax.corpus.pair_store import PairTokenWriter, open_records
+from codet5p_jax.corpus.pair_store import PairTokenWriter
 from codet5p_jax.corpus.pairs.extraction import REASONS, Pair, extract_pairs
 from codet5p_jax.corpus.pairs.near_duplicates import (
     BANDS,
@@ -37,6 +37,7 @@ from codet5p_jax.corpus.pairs.near_duplicates import (
     tokens_of,
 )
 from codet5p_jax.corpus.reading import SUMMARY, read_documents, whole_folder
+from codet5p_jax.corpus.records import open_writer
 from codet5p_jax.corpus.source_files import SourceFile
 from codet5p_jax.corpus.token_store import token_dtype
 from codet5p_jax.corpus.tokenisation import cached_vocabulary
@@ -193,7 +194,7 @@ def gather_pairs(
   texts, tokens = [], []
   for split in layout.SPLITS:
     path = made / layout.PAIRS / f'{split}.array_record'
-    texts.append(open_records(path))
+    texts.append(open_writer(path))
     tokens.append(
         PairTokenWriter(
             stores / split, vocabulary.vocab_size, vocabulary.fingerprint
