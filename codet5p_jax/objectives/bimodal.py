@@ -31,6 +31,7 @@ import numpy as np
 from codet5p_jax import contrast
 from codet5p_jax.array_typing import PRNGKey, Scalar, Tree
 from codet5p_jax.corpus.folder import pair_rows
+from codet5p_jax.corpus.token_store import token_dtype
 from codet5p_jax.errors import UserError, require_positive
 from codet5p_jax.losses import cross_entropy
 from codet5p_jax.models.bimodal import MATCH, BimodalConfig
@@ -230,14 +231,13 @@ class Bimodal:
           f'{max(lower, batch_size)}'
       )
     slots = self.queue_size // batch_size
-    num_tokens = params['token_embedder']['embedding'].shape[0]
-    token_dtype = jnp.uint16 if num_tokens <= 2**16 else jnp.int32
+    dtype = token_dtype(params['token_embedder']['embedding'].shape[0])
     width = params['projection']['bias'].shape[0]
     queue = {}
     for side, length in zip(_SIDES, (self.text_length, self.code_length)):
       shape = (slots, batch_size)
       queue[f'{side}_embeddings'] = jnp.zeros((*shape, width))
-      queue[f'{side}_tokens'] = jnp.zeros((*shape, length), token_dtype)
+      queue[f'{side}_tokens'] = jnp.zeros((*shape, length), dtype)
       queue[f'{side}_identities'] = jnp.zeros((*shape, 2), jnp.uint32)
     return {
         'slow_params': _embedding_parts(params),
@@ -314,7 +314,7 @@ class Bimodal:
       What the batch was compared with, the new state, and metrics, of which
       `contrastive` is the loss.
     """
-    queries = {side: network.project(encoded[side]) for side in _SIDES}
+    queries = {side: network.head('project', encoded[side]) for side in _SIDES}
     keys, queue, num_batches = queries, {}, jnp.zeros((), jnp.int32)
     if network.trains:
       # The slow encoder moves first and embeds then, as in BLIP.
@@ -343,7 +343,7 @@ class Bimodal:
         candidates['text_identities'],
         candidates['code_identities'],
     )
-    temperature = network.temperature()
+    temperature = network.head('similarity_temperature')
     targets = contrast.one_hot_targets(is_true, is_there)
     logits, losses, accuracies = {}, [], []
     for side, other in (_SIDES, _SIDES[::-1]):
@@ -408,7 +408,7 @@ class Bimodal:
     )
     loss, correct = cross_entropy(
         hidden,
-        network.output_head(),
+        network.head('output_head'),
         targets,
         weights,
         self.loss_tile_length,
@@ -466,18 +466,9 @@ class _Network:
     """Embeddings by the slow encoder, without dropout."""
     return self.model.apply({'params': slow_params}, tokens, method='embed')
 
-  def project(self, encoded: jax.Array) -> jax.Array:
-    return self.model.apply(
-        {'params': self.params}, encoded, method='project'
-    )
-
-  def temperature(self) -> Scalar:
-    return self.model.apply(
-        {'params': self.params}, method='similarity_temperature'
-    )
-
-  def output_head(self) -> Any:
-    return self.model.apply({'params': self.params}, method='output_head')
+  def head(self, method: str, *inputs: jax.Array) -> Any:
+    """What lies on the stacks, which has no dropout."""
+    return self.model.apply({'params': self.params}, *inputs, method=method)
 
 
 def _match(
