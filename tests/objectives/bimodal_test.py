@@ -2,123 +2,33 @@
 
 import dataclasses
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from codet5p_jax.errors import UserError
-from codet5p_jax.models.bimodal import BimodalConfig, EmbeddingConfig
 from codet5p_jax.models.computation import Computation
-from codet5p_jax.models.t5 import T5Config
-from codet5p_jax.objectives.bimodal import LOSSES, Bimodal
+from codet5p_jax.objectives.bimodal import LOSSES
 from codet5p_jax.sharding import make_mesh
 from codet5p_jax.training.checkpoints.layout import unstack_layers
 from codet5p_jax.training.checkpoints.save import Checkpoints
-from codet5p_jax.training.optimizers import SGD, AdamW
-from codet5p_jax.training.train_step import StepConfig, make_train_step
+from codet5p_jax.training.optimizers import SGD
+from codet5p_jax.training.train_step import make_train_step
+from tests.objectives.bimodal_small import (
+    MODEL,
+    OBJECTIVE,
+    ROWS,
+    SLOTS,
+    batch,
+    cached_step,
+    config,
+    key_of,
+    one_device,
+    steps,
+    to_numpy,
+)
 from tests.objectives.bimodal_twin import Twin
-
-# All sizes differ; heads and batch divide by 8.
-MODEL = BimodalConfig(
-    vocab_size=131,
-    emb_dim=24,
-    num_heads=8,
-    head_dim=4,
-    mlp_dim=40,
-    num_encoder_layers=2,
-    num_decoder_layers=3,
-    projection_dim=20,
-    match_id=101,
-    text_decoder_id=102,
-    code_decoder_id=103,
-    initial_temperature=0.07,
-)
-SLOTS, ROWS = 3, 16
-OBJECTIVE = Bimodal(
-    text_length=7,
-    code_length=11,
-    queue_size=SLOTS * ROWS,
-    momentum=0.9,
-    loss_tile_length=4,
-)
-ADAMW = AdamW(3e-3, warmup_steps=2, decay_steps=40, weight_decay=0.1)
-VOCABULARY = types.SimpleNamespace(
-    task_tokens=types.SimpleNamespace(pad=0, bos=1, eos=2)
-)
-
-
-def config(objective=OBJECTIVE, optimizer=ADAMW, **changes):
-  fields = {
-      'model': MODEL,
-      'objectives': (objective,),
-      'optimizer': optimizer,
-      'batch_size': ROWS,
-      'computation': Computation(dtype='float32'),
-      'seed': 5,
-      **changes,
-  }
-  return StepConfig(**fields)
-
-
-cached_step = functools.cache(make_train_step)
-
-
-def one_device():
-  return make_mesh((1, 1, 1), jax.devices()[:1])
-
-
-def pool(seed, number, of=40):
-  """Examples of random pairs, of which some share a side or are repeated."""
-  rng = np.random.default_rng(seed)
-  texts = [rng.integers(3, 100, rng.integers(1, 9)) for _ in range(of)]
-  codes = [rng.integers(3, 100, rng.integers(2, 14)) for _ in range(of)]
-  chosen = rng.integers(0, of, number)
-  # The first ten share texts by twos, the next ten codes.
-  shared = [i - i % 2 for i in range(20)]
-  by_text = [*shared[:10], *range(10, of)]
-  by_code = [*range(10), *shared[10:], *range(20, of)]
-  return [
-      OBJECTIVE.example(
-          {'text': texts[by_text[i]], 'code': codes[by_code[i]]},
-          rng,
-          VOCABULARY,
-      )
-      for i in chosen.tolist()
-  ]
-
-
-def batch(seed, of=40):
-  rows = pool(seed, ROWS, of)
-  return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def steps(step, state, batches):
-  """Yields each step's metrics as means, and the state that comes of it."""
-  for each in batches:
-    given = jax.tree.map(lambda x: x[None], {'bimodal': each})
-    given = jax.device_put(given, step.batch_sharding)
-    state, metrics = step.step(state, given)
-    yield (
-        {
-            name.removeprefix('bimodal/'): float(total / weight)
-            for name, (total, weight) in metrics.items()
-            if weight
-        },
-        state,
-    )
-
-
-def key_of(step_config, step):
-  """The key that the step of that number gives to its only objective."""
-  key = jax.random.fold_in(jax.random.key(step_config.seed), step)
-  return jax.random.fold_in(jax.random.fold_in(key, 0), 0)
-
-
-def to_numpy(tree):
-  return jax.tree.map(np.array, tree)
 
 
 @pytest.mark.parametrize(('share', 'number'), [(0.0, 20), (0.4, 5)])
@@ -493,94 +403,6 @@ def test_dropout_is_drawn_anew_for_every_use_of_the_network(trained):
   assert len({*one, *other}) == 4
   without = losses(plain, keys[0])
   assert without[0] == pytest.approx(without[1], rel=1e-6)
-
-
-@pytest.mark.parametrize(('changes', 'message'), [
-    ({'queue_size': 24}, 'whole batches of 16 pairs, found 24; .*SIZE=16'),
-    ({'queue_size': 8}, 'whole batches of 16 pairs, found 8; .*SIZE=16'),
-    ({'queue_size': 0}, 'queue_size to be at least 1, found 0'),
-    ({'momentum': 1.5}, 'momentum of bimodal from 0 to 1, found 1.5'),
-    ({'soft_target_share': -1.0}, 'soft_target_share of bimodal from 0 to 1'),
-    ({'losses': ('contrast',)}, 'losses of bimodal among .*, found contrast'),
-    ({'losses': ()}, 'found none; set LOSSES'),
-    ({'losses': ('contrastive', 'contrastive')}, 'contrastive, contrastive;'),
-    ({'losses': ('matching',)}, 'whose similarities choose what is matched'),
-    ({'text_length': 2}, 'text_length of bimodal .* found 2'),
-])  # fmt: skip
-def test_settings_that_make_no_sense_are_one_clear_line(changes, message):
-  with pytest.raises(UserError, match=message) as raised:
-    make_train_step(
-        config(dataclasses.replace(OBJECTIVE, **changes)), one_device()
-    )
-  assert '\n' not in str(raised.value)
-
-
-@pytest.mark.parametrize(('model', 'losses', 'message'), [
-    (dataclasses.replace(MODEL, initial_temperature=None), LOSSES,
-     'a model with a temperature .* None; set it to 0.07'),
-    (T5Config(131, 24, 8, 4, 40, 2, 3), LOSSES,
-     'expected a model that embeds and matches .* found T5Config'),
-    (EmbeddingConfig(131, 24, 8, 4, 40, 2, initial_temperature=0.07),
-     ('contrastive', 'text_to_code'), 'a model with a decoder to train'),
-])  # fmt: skip
-def test_models_that_lack_something_are_refused(model, losses, message):
-  objective = dataclasses.replace(OBJECTIVE, losses=losses)
-  with pytest.raises(UserError, match=message):
-    config(objective, model=model)
-
-
-def test_an_encoder_alone_is_trained_by_contrast():
-  fields = {
-      field.name: getattr(MODEL, field.name)
-      for field in dataclasses.fields(EmbeddingConfig)
-      if field.init
-  }
-  objective = dataclasses.replace(OBJECTIVE, losses=('contrastive',))
-  step_config = config(objective, model=EmbeddingConfig(**fields))
-  step = make_train_step(step_config, one_device())
-  found = [metrics for metrics, _ in steps(step, step.init(), [batch(0)] * 6)]
-  assert found[-1]['contrastive_loss'] < found[1]['contrastive_loss']
-
-
-def test_microbatches_are_refused_with_their_reason():
-  with pytest.raises(UserError, match='rows are compared with each other'):
-    config(num_microbatches=2)
-
-
-def test_a_side_without_a_token_is_one_clear_line():
-  row = {'text': np.array([7]), 'code': np.array([], np.int32)}
-  with pytest.raises(UserError, match='a token in the code of every pair'):
-    OBJECTIVE.example(row, np.random.default_rng(0), VOCABULARY)
-
-
-def test_sides_are_cut_to_their_lengths_and_known_by_what_is_left():
-  long = np.arange(10, 40)
-  made, other, third = (
-      OBJECTIVE.example(
-          {'text': text, 'code': long}, np.random.default_rng(0), VOCABULARY
-      )
-      for text in (long, long[:20], long[1:])
-  )
-  assert made['text_tokens'].tolist() == [1, 10, 11, 12, 13, 14, 2]
-  assert made['code_tokens'].tolist() == [1, *range(10, 19), 2]
-  spec = OBJECTIVE.batch_spec(1)
-  assert {name: (1, *value.shape) for name, value in made.items()} == {
-      name: leaf.shape for name, leaf in spec.items()
-  }
-  identities = [each['text_identities'].tolist() for each in (made, other)]
-  assert identities[0] == identities[1] != third['text_identities'].tolist()
-
-
-def test_work_is_counted_by_the_uses_of_the_network():
-  passes = OBJECTIVE.passes(10)
-  assert sum(x.rows * x.length for x in passes if x.stack == 'encoder') == (
-      10 * (7 + 11) + 10 * (7 + 11) + 10 * 7
-  )
-  assert sum(x.rows * x.length for x in passes if x.stack == 'decoder') == (
-      30 * 11 + 10 * 11 + 10 * 7
-  )
-  assert sum(x.rows * x.length for x in passes if x.writes) == 10 * (11 + 7)
-  assert [x.length for x in passes if not x.is_trained] == [7, 11]
 
 
 def test_a_run_that_was_stopped_keeps_queue_and_slow_encoder(tmp_path):
