@@ -87,6 +87,7 @@ class GenerationShapes:
             rules=DECODING_RULES,
         ),
         mesh,
+        is_trained=False,
     )
     params = self._params(step.abstract_state)
     whole = NamedSharding(mesh, PartitionSpec())

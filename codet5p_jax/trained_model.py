@@ -95,7 +95,9 @@ def load_trained_model(
         ),
     )
   vocabulary = load_own_vocabulary(folder, config)
-  train_step = make_train_step(step_config, make_mesh(mesh_shape))
+  train_step = make_train_step(
+      step_config, make_mesh(mesh_shape), is_trained=False
+  )
   if folder.model.exists():
     params, frozen, step = _from_weights(folder, train_step, init_from, config)
   else:

@@ -57,6 +57,8 @@ class TrainState:
     opt_state: of the trainable parameters only.
     objective_state: {objective name: its state}.
     health: what is remembered of the losses, see training/step_health.py.
+
+  The last three are None where a model is only used.
   """
 
   step: Tree
@@ -165,7 +167,8 @@ class TrainStep:
       parameters in the form of `abstract_state`: they go into the state as
       they are and are consumed. Only the others are drawn.
     step: (TrainState, StepBatch) -> (TrainState, Metrics); the state passed in
-      is consumed. A bad step changes nothing but `step` and `health`.
+      is consumed. A bad step changes nothing but `step` and `health`. Not for a
+      model that is only used.
     gradients: (TrainState, StepBatch) -> (mean gradients, Metrics), as in
       `step`; nothing is consumed.
     evaluate: (params, frozen_params, {feature: [batch, ...]}, objective) ->
@@ -189,8 +192,16 @@ class TrainStep:
   evaluation_sharding: NamedSharding
 
 
-def make_train_step(config: StepConfig, mesh: Mesh) -> TrainStep:
+def make_train_step(
+    config: StepConfig, mesh: Mesh, is_trained: bool = True
+) -> TrainStep:
   """Builds the step of a configuration on a mesh; allocates nothing.
+
+  Args:
+    config: of the step.
+    mesh: the devices.
+    is_trained: False for a model that is only used: its state is parameters
+      alone. So an evaluation may have batches that training could not have.
 
   Raises:
     UserError: the mesh divides the batch or the model's heads unevenly.
@@ -203,7 +214,7 @@ def make_train_step(config: StepConfig, mesh: Mesh) -> TrainStep:
     return model.init_params(jax.random.key(config.seed))
 
   names = _axis_names(draw)
-  init = _make_init(config, optimizer, draw, names)
+  init = _make_init(config, optimizer if is_trained else None, draw, names)
   shapes = jax.eval_shape(init, {})
   state_shardings = _state_shardings(shapes, names, config, mesh)
   abstract_state = jax.tree.map(
@@ -268,22 +279,29 @@ def make_train_step(config: StepConfig, mesh: Mesh) -> TrainStep:
 
 def _make_init(
     config: StepConfig,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | None,
     draw: Callable[[], Tree],
     names: Mapping[str, tuple[str | None, ...]],
 ) -> Callable[[Mapping[str, jax.Array]], TrainState]:
-  """`TrainStep.init` before it is compiled."""
+  """`TrainStep.init` before it is compiled; with None nothing is trained."""
 
   def init(given: Mapping[str, jax.Array]) -> TrainState:
     # Of what is given, nothing is drawn: JAX drops what no result needs.
     params, frozen = partition_params(nn.unbox(draw()), config.trainable)
     frozen = _store_frozen(frozen, names, config.frozen_dtype)
     params, frozen = (_replace(tree, given) for tree in (params, frozen))
-    everything = merge_params(params, frozen)
-    return TrainState(
+    state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         frozen_params=frozen,
+        opt_state=None,
+        objective_state=None,
+        health=None,
+    )
+    if optimizer is None:
+      return state
+    everything = merge_params(params, frozen)
+    return state.replace(
         opt_state=optimizer.init(params),
         objective_state={
             objective.name: objective.init_state(
@@ -500,7 +518,7 @@ def _state_shardings(
       params=params,
       frozen_params=frozen,
       opt_state=jax.tree_util.tree_map_with_path(slot, state.opt_state),
-      objective_state={
+      objective_state=None if state.objective_state is None else {
           objective.name: tree_shardings(
               objective.state_axes({path: stored[path] for path in paths}),
               mesh,

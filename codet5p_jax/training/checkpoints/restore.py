@@ -93,7 +93,8 @@ def restore_step(
     step_dir: folder of the step.
     abstract_state: a TrainState of `jax.ShapeDtypeStruct` with shardings (or
       of arrays) on any mesh, scanned or unrolled. Its frozen parameters are
-      never read; they go into the result as they are.
+      never read; they go into the result as they are. Nor are fields that are
+      None.
     frozen_fingerprint: of the frozen parameters of this run; None if it has
       none.
 
@@ -113,17 +114,30 @@ def restore_step(
   with raising_together(step_dir), telling_damage_apart(step_dir):
     cursor = _read_json_item(step_dir, 'cursor')
     metadata = read_metadata(step_dir)
-    items = {
-        item: abstract_leaves(getattr(abstract_state, field))
+    trees = {
+        item: getattr(abstract_state, field)
         for item, field in ARRAY_ITEMS.items()
     }
-    new = _items_to_begin(metadata['arrays'], items)
+    described = {
+        path: entry
+        for path, entry in metadata['arrays'].items()
+        if trees.get(path.partition('/')[0], ()) is not None
+    }
+    items = {
+        item: abstract_leaves(tree)
+        for item, tree in trees.items()
+        if tree is not None
+    }
+    new = _items_to_begin(described, items)
     saved = {item: x for item, x in items.items() if item not in new}
     if cursor.get('step', metadata['step']) != metadata['step']:
       raise DamagedCheckpoint(
           step_dir, f'cursor/{_JSON_FILE} is that of step {cursor["step"]}'
       )
-    _require_fitting(step_dir, metadata, saved, frozen_fingerprint)
+    _require_frozen(step_dir, metadata, frozen_fingerprint)
+    require_same_leaves(
+        described, describe_items(saved), f'checkpoint {step_dir}'
+    )
     arrays = {
         item: _read_arrays(step_dir, item, targets)
         for item, targets in saved.items()
@@ -135,10 +149,11 @@ def restore_step(
   fields = {
       field: stack_leaves(arrays[item], getattr(abstract_state, field))
       for item, field in ARRAY_ITEMS.items()
+      if item in items
   }
   fields['step'] = _scalar_like(metadata['step'], abstract_state.step)
   state = dataclasses.replace(abstract_state, **fields)
-  _require_same_content(step_dir, metadata['arrays'], state)
+  _require_same_content(step_dir, described, state)
   return state, cursor, metadata
 
 
@@ -283,13 +298,10 @@ def _read_json_item(step_dir: Path, item: str) -> dict[str, Any]:
   return content
 
 
-def _require_fitting(
-    step_dir: Path,
-    metadata: dict[str, Any],
-    items: dict[str, Leaves],
-    frozen_fingerprint: str | None,
+def _require_frozen(
+    step_dir: Path, metadata: dict[str, Any], frozen_fingerprint: str | None
 ) -> None:
-  """Compares metadata with what is to be restored, see `restore_step`."""
+  """A step is that of its folder, trained beside these frozen parameters."""
   if str(metadata['step']) != step_dir.name:
     raise DamagedCheckpoint(
         step_dir, f'metadata/{_JSON_FILE} is that of step {metadata["step"]}'
@@ -301,9 +313,6 @@ def _require_fitting(
         f'{frozen_fingerprint or "none"}, found {found or "none"}; give the '
         f'frozen source it was trained with, or another checkpoint'
     )
-  require_same_leaves(
-      metadata['arrays'], describe_items(items), f'checkpoint {step_dir}'
-  )
 
 
 def _require_same_content(
@@ -336,10 +345,9 @@ def _abstract(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
 
 def _items_to_begin(saved: Description, items: dict[str, Leaves]) -> list[str]:
   """Items that a former version did not save, and this target has."""
+  there = {path.partition('/')[0] for path in saved}
   return [
-      item
-      for item in _LATER_ITEMS
-      if items[item] and not any(path.startswith(f'{item}/') for path in saved)
+      item for item in _LATER_ITEMS if items.get(item) and item not in there
   ]
 
 

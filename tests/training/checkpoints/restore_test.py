@@ -74,6 +74,27 @@ def test_an_empty_objective_state_is_restored(states, tmp_path):
   assert cursor == {}
 
 
+def test_fields_that_are_none_are_not_read(states, folders, monkeypatch):
+  read = []
+  read_leaves = restore_module.read_leaves
+  monkeypatch.setattr(
+      restore_module,
+      'read_leaves',
+      lambda folder, targets: (
+          read.append(folder.name) or read_leaves(folder, targets)
+      ),
+  )
+  target = states.abstract().replace(
+      opt_state=None, objective_state=None, health=None
+  )
+  restored, cursor, _ = Checkpoints(folders[True]).restore(
+      7, target, frozen_fingerprint=FINGERPRINT
+  )
+  states.assert_identical(restored.params, states.make().params)
+  assert (restored.opt_state, restored.objective_state) == (None, None)
+  assert (cursor, read) == (CURSOR, ['trainable'])
+
+
 @pytest.mark.parametrize(
     ('layout', 'found'),
     [
