@@ -170,7 +170,9 @@ class RunLog:
     if self._seconds > 0:
       rates = self._rates()
       row.update(rates)
-      shown.append(f'{rates["target_tokens_per_second"]:,.0f} tokens/s')
+      if tokens := rates['target_tokens_per_second']:
+        # Contrast and matching predict none.
+        shown.append(f'{tokens:,.0f} tokens/s')
       mfu = rates['mfu']
       shown.append(
           'MFU n/a' if isinstance(mfu, str) else f'MFU {100 * mfu:.1f} %'

@@ -297,6 +297,18 @@ def test_the_bar_names_a_single_objective_not_at_all(open_log, capsys):
   assert 'loss 1.500]' in last_bar(capsys)
 
 
+def test_the_bar_tells_no_target_tokens_where_there_are_none(
+    open_log, clock, capsys
+):
+  log = open_log()
+  values = VALUES | {'causal_lm/tokens': 0.0, 'pairs/tokens': 0.0}
+  clock.now += 2
+  log.advance(values, MICROBATCHES)
+  log.train(5, values)
+  log.close()
+  assert 'pairs 1.500, MFU 12.5 %' in last_bar(capsys)
+
+
 def test_the_bar_keeps_the_losses_that_a_step_does_not_have(
     open_log, capsys
 ):
