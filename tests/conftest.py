@@ -14,6 +14,8 @@ FLAGS = ' '.join([
     # Most of a test's time is compilation: optimise less.
     '--xla_backend_optimization_level=0',
     '--xla_llvm_disable_expensive_passes=true',
+    # Programs as small as these are not worth cutting into 32 modules.
+    '--xla_cpu_parallel_codegen_split_count=1',
 ]).strip()
 os.environ['XLA_FLAGS'] = FLAGS
 if importlib.metadata.version('jaxlib').startswith('0.10.'):
