@@ -74,8 +74,10 @@ pretrain: .venv/installed-$(VERSION)
 	$(CODET5P) report --run_dir=$(STAGE_2_DIR)
 
 test: .venv/tests-installed-$(VERSION)
-	# Compiling takes most of the time, and uses one core.
+	# Compiling takes most of the time, and uses one core; other tests wait for
+	# processes or for time, so there is one worker more than cores, up to four.
 	# On Python 3.11 coverage.py would make this a third slower.
+	PYTEST_XDIST_AUTO_NUM_WORKERS=$$(($$(getconf _NPROCESSORS_ONLN) + 1)) \
 	JAX_PLATFORMS=cpu .venv/bin/python -m slipcover --source codet5p_jax \
 	  --omit 'codet5p_jax/conversion/huggingface/*' --json \
 	  --out .coverage.json -m pytest --numprocesses=auto \

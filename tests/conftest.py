@@ -1,6 +1,7 @@
 """Eight emulated devices, so that any test can build a real mesh."""
 
 import dataclasses
+import gc
 import importlib.metadata
 import json
 import os
@@ -21,6 +22,7 @@ os.environ['XLA_FLAGS'] = FLAGS
 if importlib.metadata.version('jaxlib').startswith('0.10.'):
   # The older emitters compile in half the time; later versions have none.
   os.environ['XLA_FLAGS'] += ' --xla_cpu_use_fusion_emitters=false'
+CPU_FLAGS = os.environ['XLA_FLAGS']
 
 import flax.linen as nn
 import jax
@@ -32,6 +34,10 @@ from jaxtyping._import_hook import _JaxtypingLoader
 # The flags are read, and the TPU compiler refuses those that it does not know.
 jnp.zeros(1).block_until_ready()
 os.environ['XLA_FLAGS'] = FLAGS
+
+# Tracing makes millions of small objects, and few that are garbage.
+gc.freeze()
+gc.set_threshold(200_000, 20, 100)
 
 # Whole runs, and steps on several meshes: half of the time of all tests.
 SLOW_FOLDERS = ('runs', 'training')
@@ -56,6 +62,12 @@ def pytest_configure():
 def pytest_collection_modifyitems(items):
   """Begins with what is slow, so that no worker is left with it at the end."""
   items.sort(key=lambda item: item.path.parent.name not in SLOW_FOLDERS)
+
+
+@pytest.fixture(scope='session')
+def cpu_flags():
+  """XLA's flags for other processes that compile for CPUs alone."""
+  return CPU_FLAGS
 
 
 def _random_parameters(model, seed=0):

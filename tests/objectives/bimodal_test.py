@@ -139,7 +139,31 @@ def loss_of(model, objective=OBJECTIVE):
   return loss
 
 
-def test_no_gradient_flows_into_momentum_queue_and_targets(trained):
+SOFT = dataclasses.replace(OBJECTIVE, soft_target_share=0.4)
+
+
+@pytest.fixture(scope='module')
+def gradients(trained):
+  """Of the parameters, the slow ones and the embeddings in the queue."""
+  model, state, after = trained
+  held = state.objective_state['bimodal']
+
+  def loss(params, slow_params, embeddings):
+    queue = {**held['queue'], **embeddings}
+    state = {**held, 'slow_params': slow_params, 'queue': queue}
+    return loss_of(model, SOFT)(params, state, after)
+
+  embeddings = {
+      name: value
+      for name, value in held['queue'].items()
+      if name.endswith('embeddings')
+  }
+  return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(
+      state.params, held['slow_params'], embeddings
+  )
+
+
+def test_no_gradient_flows_into_momentum_queue_and_targets(trained, gradients):
   """Neither into the state, nor through what is made of it.
 
   A slow encoder that is averaged anew and one that was given as such are the
@@ -147,25 +171,10 @@ def test_no_gradient_flows_into_momentum_queue_and_targets(trained):
   """
   model, state, after = trained
   held = state.objective_state['bimodal']
-  objective = dataclasses.replace(OBJECTIVE, soft_target_share=0.4)
-
-  def loss(params, slow_params, embeddings):
-    queue = {**held['queue'], **embeddings}
-    state = {**held, 'slow_params': slow_params, 'queue': queue}
-    return loss_of(model, objective)(params, state, after)
-
-  embeddings = {
-      name: value
-      for name, value in held['queue'].items()
-      if name.endswith('embeddings')
-  }
-  gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(
-      state.params, held['slow_params'], embeddings
-  )
   assert all(np.any(leaf) for leaf in jax.tree.leaves(gradients[0]))
   for leaf in jax.tree.leaves(gradients[1:]):
     np.testing.assert_array_equal(leaf, 0)
-  given = dataclasses.replace(objective, momentum=1.0)
+  given = dataclasses.replace(SOFT, momentum=1.0)
   averaged = jax.tree.map(
       lambda old, new: np.float32(0.9) * old + np.float32(0.1) * new,
       held['slow_params'],
@@ -198,18 +207,20 @@ def test_every_loss_trains_both_stacks_that_it_uses(trained):
       assert (largest[0] > 1e-5) == (part != 'decoder')
 
 
-def test_the_gradient_is_the_slope_of_the_loss(trained):
+def test_the_gradient_is_the_slope_of_the_loss(trained, gradients):
   """Of the twin, in float64: along the heads, which it computes itself."""
   model, state, after = trained
   held = state.objective_state['bimodal']
   key = jax.random.key(1)
-  gradients = jax.jit(jax.grad(loss_of(model)))(state.params, held, after)
   rng = np.random.default_rng(0)
 
   def twin_loss(params):
-    twin = Twin(OBJECTIVE, model, state.params, ROWS)
-    # The same slow encoder whatever the parameters, as for the gradient.
-    twin.objective = dataclasses.replace(OBJECTIVE, momentum=1.0)
+    # The same slow encoder and targets whatever the parameters, as for the
+    # gradient.
+    twin = Twin(
+        dataclasses.replace(SOFT, momentum=1.0), model, state.params, ROWS
+    )
+    twin.target_temperature = float(state.params['temperature']['value'])
     twin.slow = jax.tree.map(
         lambda old, new: np.float32(0.9) * old + np.float32(0.1) * new,
         held['slow_params'],
@@ -256,7 +267,7 @@ def test_the_gradient_is_the_slope_of_the_loss(trained):
     found = sum(
         np.sum(np.float64(g) * d)
         for g, d in zip(
-            jax.tree.leaves(gradients[part]), jax.tree.leaves(direction)
+            jax.tree.leaves(gradients[0][part]), jax.tree.leaves(direction)
         )
     )
     # The loss is that of all pairs together.
@@ -391,10 +402,10 @@ def test_dropout_is_drawn_anew_for_every_use_of_the_network(trained):
         config=dataclasses.replace(model.config, code_decoder_id=102)
     )
     compiled = jax.jit(
-        lambda params, key: objective.loss(model, params, {}, same, key)
+        lambda params, given, key: objective.loss(model, params, {}, given, key)
     )
     for seed in seeds:
-      _, output = compiled(state.params, jax.random.key(seed))
+      _, output = compiled(state.params, same, jax.random.key(seed))
       yield [
           float(output.metrics[f'{name}_loss'][0]) for name in objective.losses
       ]

@@ -36,6 +36,8 @@ class Twin:
     # Slots are filled in turn and then again from the first.
     self.slots = [None] * (objective.queue_size // batch_size)
     self.batches = 0
+    # Of soft targets; None for that of the parameters.
+    self.target_temperature = None
 
   def run(self, params, method, *inputs):
     """A stack's states, in float64."""
@@ -122,7 +124,9 @@ class Twin:
       for column, theirs in enumerate(held['identities']):
         other = held['embeddings'][OTHER[side]][column]
         logits.append(queries[side][i] @ other / temperature)
-        slow_logits.append(keys[side][i] @ other / temperature)
+        slow_logits.append(
+            keys[side][i] @ other / (self.target_temperature or temperature)
+        )
         is_true.append(mine[0] == theirs[0] or mine[1] == theirs[1])
         places.append((slot, column))
         scores.append(logits[-1] + noise[slot, column])

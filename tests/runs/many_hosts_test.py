@@ -50,12 +50,13 @@ def train_command(run_dir, corpus):
   ]  # fmt: skip
 
 
-def run_processes(command, num_processes, planted=None):
+def run_processes(command, num_processes, cpu_flags, planted=None):
   """Runs the command `codet5p` in so many processes.
 
   Args:
     command: with its arguments.
     num_processes: that share the devices.
+    cpu_flags: XLA's.
     planted: {process id: what it executes}.
 
   Returns:
@@ -66,9 +67,8 @@ def run_processes(command, num_processes, planted=None):
   flags = re.sub(
       'device_count=[0-9]+',
       f'device_count={DEVICES // num_processes}',
-      os.environ['XLA_FLAGS'],
+      cpu_flags,
   )
-  flags += ' --xla_backend_optimization_level=0'  # Compiling takes the time.
   with contextlib.ExitStack() as stack:
     processes = [
         stack.enter_context(
@@ -149,7 +149,7 @@ def failures():
 
 
 @pytest.fixture(scope='module')
-def runs(small_corpus, tmp_path_factory, failures):
+def runs(small_corpus, tmp_path_factory, failures, cpu_flags):
   """{number of processes: the folder of their run}; that of two failed."""
   folders = {}
   for num_processes in (1, 2, 4):
@@ -158,7 +158,7 @@ def runs(small_corpus, tmp_path_factory, failures):
     for culprit in (0, 1) if num_processes == 2 else ():
       planted = {0: SOON, 1: SOON}
       planted[culprit] += FULL_FOR[culprit]
-      statuses, printed = run_processes(command, 2, planted)
+      statuses, printed = run_processes(command, 2, cpu_flags, planted)
       [full_at] = re.findall('full at (.*)', printed[culprit])
       failures.append(
           Failure(
@@ -169,7 +169,7 @@ def runs(small_corpus, tmp_path_factory, failures):
               committed_steps(folder / 'checkpoints'),
           )
       )
-    statuses, printed = run_processes(command, num_processes)
+    statuses, printed = run_processes(command, num_processes, cpu_flags)
     # Threads that wait for others end with the program, without a signal.
     assert statuses == [0] * num_processes, printed
     folders[num_processes] = folder
