@@ -305,12 +305,7 @@ def _pair(
     tokenising: TokeniseUnit,
 ) -> PairUnit:
   """Extracts the pairs of all documents that are no duplicates."""
-  pairing = PairUnit(
-      tokenising.read,
-      tokenising.splits,
-      str(work / 'paired'),
-      tokenising.vocabulary_dir,
-  )
+  pairing = PairUnit(tokenising, str(work / 'paired'))
   executor.run(pairing, units, 'pairing')
   return pairing
 

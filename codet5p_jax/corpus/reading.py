@@ -51,8 +51,24 @@ KEY = np.dtype([
 _ROWS_TO_JUDGE = 1000
 
 
+class UnitFolders:
+  """What a map over units leaves: a folder of each, with a summary.
+
+  Attributes:
+    target: the folder of these folders.
+  """
+
+  target: str
+
+  def folder(self, index: int) -> pathlib.Path:
+    return pathlib.Path(self.target, f'{index:06d}')
+
+  def summary(self, index: int) -> dict:
+    return json.loads((self.folder(index) / SUMMARY).read_text())
+
+
 @dataclasses.dataclass(frozen=True)
-class ReadUnit:
+class ReadUnit(UnitFolders):
   """Reads a unit and filters its files, as far as that needs no vocabulary.
 
   Attributes:
@@ -67,11 +83,9 @@ class ReadUnit:
   licences: tuple[str, ...]
   with_documentation: bool = False
 
-  def folder(self, index: int) -> pathlib.Path:
-    return pathlib.Path(self.work, 'read', f'{index:06d}')
-
-  def summary(self, index: int) -> dict:
-    return json.loads((self.folder(index) / SUMMARY).read_text())
+  @property
+  def target(self) -> str:
+    return os.path.join(self.work, 'read')
 
   def keys(self, index: int) -> np.ndarray:
     """The KEY of each document of a unit."""

@@ -22,7 +22,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from codet5p_jax.corpus.folder import SPLITS
-from codet5p_jax.corpus.reading import SUMMARY, read_documents, whole_folder
+from codet5p_jax.corpus.reading import (
+    SUMMARY,
+    UnitFolders,
+    read_documents,
+    whole_folder,
+)
 from codet5p_jax.corpus.records import open_writer
 from codet5p_jax.corpus.source_files import SourceFile
 from codet5p_jax.corpus.token_store import token_dtype
@@ -31,7 +36,7 @@ from codet5p_jax.data.vocabularies import Vocabulary, load_vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
-class TokeniseUnit:
+class TokeniseUnit(UnitFolders):
   """Tokenises a unit's documents and keeps those of a fitting length.
 
   Attributes:
@@ -50,11 +55,9 @@ class TokeniseUnit:
   min_tokens: int
   max_tokens: int
 
-  def folder(self, index: int) -> pathlib.Path:
-    return pathlib.Path(self.target, f'{index:06d}')
-
-  def summary(self, index: int) -> dict:
-    return json.loads((self.folder(index) / SUMMARY).read_text())
+  def documents(self, index: int) -> Iterator[SourceFile]:
+    """Those of a unit that were read."""
+    return read_documents(pathlib.Path(self.read, f'{index:06d}'))
 
   def read_splits(self, index: int) -> np.ndarray:
     """Index into SPLITS of each document that was read, or DROPPED."""
@@ -72,7 +75,7 @@ class TokeniseUnit:
     del unit  # What it held was read.
     vocabulary = cached_vocabulary(self.vocabulary_dir)
     longest = self.max_tokens * vocabulary.longest_piece
-    documents = read_documents(pathlib.Path(self.read, f'{index:06d}'))
+    documents = self.documents(index)
     dropped = collections.defaultdict(collections.Counter)
     kept = {name: collections.defaultdict(collections.Counter)
             for name in ('files', 'tokens', 'characters', 'licences')}

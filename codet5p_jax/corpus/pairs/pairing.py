@@ -36,11 +36,11 @@ from codet5p_jax.corpus.pairs.near_duplicates import (
     mark_near_duplicates,
     tokens_of,
 )
-from codet5p_jax.corpus.reading import SUMMARY, read_documents, whole_folder
+from codet5p_jax.corpus.reading import SUMMARY, UnitFolders, whole_folder
 from codet5p_jax.corpus.records import open_writer
 from codet5p_jax.corpus.source_files import SourceFile
 from codet5p_jax.corpus.token_store import token_dtype
-from codet5p_jax.corpus.tokenisation import cached_vocabulary
+from codet5p_jax.corpus.tokenisation import TokeniseUnit, cached_vocabulary
 from codet5p_jax.corpus.units import Unit
 from codet5p_jax.data.vocabularies import Vocabulary
 
@@ -51,26 +51,16 @@ _UNITS_OPEN = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class PairUnit:
+class PairUnit(UnitFolders):
   """Extracts and tokenises the pairs of a unit's documents.
 
   Attributes:
-    read: the folder of folders that `reading` wrote.
-    splits: that of the files that tell each document's split.
-    target: that of the folders to write.
-    vocabulary_dir: the vocabulary.
+    tokenising: the map before, which knows documents, splits and vocabulary.
+    target: the folder of the folders to write.
   """
 
-  read: str
-  splits: str
+  tokenising: TokeniseUnit
   target: str
-  vocabulary_dir: str
-
-  def folder(self, index: int) -> pathlib.Path:
-    return pathlib.Path(self.target, f'{index:06d}')
-
-  def summary(self, index: int) -> dict:
-    return json.loads((self.folder(index) / SUMMARY).read_text())
 
   def __call__(self, index: int, unit: Unit) -> None:
     """Makes the pairs of one unit.
@@ -79,9 +69,9 @@ class PairUnit:
       UserError: the disk is full.
     """
     del unit  # What it held was read.
-    vocabulary = cached_vocabulary(self.vocabulary_dir)
-    documents = read_documents(pathlib.Path(self.read, f'{index:06d}'))
-    splits = np.fromfile(pathlib.Path(self.splits, f'{index:06d}'), np.int8)
+    vocabulary = cached_vocabulary(self.tokenising.vocabulary_dir)
+    documents = self.tokenising.documents(index)
+    splits = self.tokenising.read_splits(index)
     dropped = collections.defaultdict(collections.Counter)
     with (
         whole_folder(self.folder(index)) as folder,
