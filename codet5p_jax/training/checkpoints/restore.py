@@ -147,9 +147,8 @@ def restore_step(
     arrays[item] = {path: _zeros(leaf) for path, leaf in items[item].items()}
   # Computations over the whole mesh come after all processes have their part.
   fields = {
-      field: stack_leaves(arrays[item], getattr(abstract_state, field))
-      for item, field in ARRAY_ITEMS.items()
-      if item in items
+      ARRAY_ITEMS[item]: stack_leaves(arrays[item], trees[item])
+      for item in items
   }
   fields['step'] = _scalar_like(metadata['step'], abstract_state.step)
   state = dataclasses.replace(abstract_state, **fields)
