@@ -110,6 +110,16 @@ def test_networks_and_training_import_nothing_heavy():
   assert not imported & set(HEAVY)
 
 
+def test_a_file_of_events_imports_nothing_heavy(tmp_path):
+  imported = imported_by(
+      'import pathlib\n'
+      'from codet5p_jax.training.event_file import EventFile\n'
+      f'EventFile(pathlib.Path({str(tmp_path)!r}), 0).close()'
+  )
+  assert 'tensorboardX' in imported
+  assert not imported & set(HEAVY)
+
+
 def test_importing_a_network_costs_little_more_than_jax_and_flax():
   def seconds(statement: str) -> float:
     # Of the processor, so that what else this machine does counts less.
