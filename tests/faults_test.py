@@ -4,7 +4,6 @@ Each is one clear line and status 2, and leaves what was there as it was.
 """
 
 import errno
-import functools
 import hashlib
 import os
 import pathlib
@@ -22,6 +21,7 @@ from codet5p_jax import trained_model
 from codet5p_jax.training import files, run_folder
 from codet5p_jax.training.batches import TrainBatches
 from codet5p_jax.training.checkpoints import save, weights
+from tests.compiled import compiling_once
 
 SIZES = {
     'vocab_size': 600,
@@ -56,11 +56,7 @@ GENERATE = (
 
 @pytest.fixture(autouse=True, scope='module')
 def _compile_once():
-  """Keeps compiled steps between the runs of this module."""
-  with pytest.MonkeyPatch.context() as patch:
-    for module in (train_run, trained_model):
-      kept = functools.cache(module.make_train_step)
-      patch.setattr(module, 'make_train_step', kept)
+  with compiling_once(train_run, trained_model):
     yield
   gin.clear_config()
 
@@ -336,6 +332,20 @@ def warnings_of(caplog) -> list[str]:
       record.message for record in caplog.records
       if record.name.startswith('codet5p_jax') and record.levelname == 'WARNING'
   ]
+
+
+def test_an_unfinished_run_serves_by_its_newest_checkpoint(trained, run_dir):
+  shutil.rmtree(run_dir / 'model')
+  load = trained_model.load_trained_model
+  finished, unfinished = load(str(trained)), load(str(run_dir))
+  assert unfinished.step == 3
+  # Of rows that only pad the table, weights hold nothing.
+  size = SIZES['vocab_size']
+  jax.tree.map(
+      lambda x, y: np.testing.assert_array_equal(x[:size], y[:size]),
+      unfinished.params,
+      finished.params,
+  )
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_never_starts_anew(

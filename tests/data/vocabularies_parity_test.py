@@ -138,14 +138,14 @@ def small_transformers(
 def test_released_ids_equal_transformers_on_the_standard_library(
     kind, released_files, released_vocabularies, standard_library, tmp_path
 ):
-  """Every file; also shows that decoding gives every file back."""
+  """Every other file; also shows that decoding gives them back."""
   vocabulary = released_vocabularies[kind]
   files = released_files['gpt2' if kind == 'codegen' else 'codet5']
   tokenizer = make_transformers(kind, files, tmp_path)
   pattern = special_pattern(tokenizer)
-  with_specials = []
-  for first in range(0, len(standard_library), 64):
-    texts = standard_library[first : first + 64]
+  with_specials, chosen = [], standard_library[::2]
+  for first in range(0, len(chosen), 64):
+    texts = chosen[first : first + 64]
     # What a call of the tokenizer runs, in a third less time than the call.
     expected = tokenizer.backend_tokenizer.encode_batch_fast(texts)
     found = vocabulary.encode_batch(texts)
@@ -158,11 +158,11 @@ def test_released_ids_equal_transformers_on_the_standard_library(
         assert [1, *ids, 2] == encoding.ids
       else:
         assert ids == encoding.ids
-  some = with_specials + standard_library[::50]
+  some = with_specials + chosen[::25]
   for text, ids in zip(some, transformers_ids(tokenizer, some)):
     assert vocabulary.encode_as_released(text) == ids
   # The library does say <s> and <unk>, so that the two functions differ.
-  assert len(standard_library) > 500
+  assert len(chosen) > 500
   assert bool(with_specials) == (kind == 'codet5')
 
 

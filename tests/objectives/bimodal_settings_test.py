@@ -9,6 +9,7 @@ from codet5p_jax.errors import UserError
 from codet5p_jax.models.bimodal import EmbeddingConfig
 from codet5p_jax.models.t5 import T5Config
 from codet5p_jax.objectives.bimodal import LOSSES
+from codet5p_jax.training.optimizers import AdamW
 from codet5p_jax.training.train_step import make_train_step
 from tests.objectives.bimodal_small import (
     MODEL,
@@ -62,7 +63,11 @@ def test_an_encoder_alone_is_trained_by_contrast():
       if field.init
   }
   objective = dataclasses.replace(OBJECTIVE, losses=('contrastive',))
-  step_config = config(objective, model=EmbeddingConfig(**fields))
+  step_config = config(
+      objective,
+      model=EmbeddingConfig(**fields),
+      optimizer=AdamW(3e-3, warmup_steps=2, decay_steps=40, weight_decay=0.1),
+  )
   step = make_train_step(step_config, one_device())
   found = [metrics for metrics, _ in steps(step, step.init(), [batch(0)] * 6)]
   assert found[-1]['contrastive_loss'] < found[1]['contrastive_loss']

@@ -10,7 +10,7 @@ from codet5p_jax.models.bimodal import BimodalConfig
 from codet5p_jax.models.computation import Computation
 from codet5p_jax.objectives.bimodal import Bimodal
 from codet5p_jax.sharding import make_mesh
-from codet5p_jax.training.optimizers import AdamW
+from codet5p_jax.training.optimizers import SGD
 from codet5p_jax.training.train_step import StepConfig, make_train_step
 
 # All sizes differ; heads and batch divide by 8.
@@ -36,17 +36,16 @@ OBJECTIVE = Bimodal(
     momentum=0.9,
     loss_tile_length=4,
 )
-ADAMW = AdamW(3e-3, warmup_steps=2, decay_steps=40, weight_decay=0.1)
 VOCABULARY = types.SimpleNamespace(
     task_tokens=types.SimpleNamespace(pad=0, bos=1, eos=2)
 )
 
 
-def config(objective=OBJECTIVE, optimizer=ADAMW, **changes):
+def config(objective=OBJECTIVE, **changes):
   fields = {
       'model': MODEL,
       'objectives': (objective,),
-      'optimizer': optimizer,
+      'optimizer': SGD(0.01),
       'batch_size': ROWS,
       'computation': Computation(dtype='float32'),
       'seed': 5,

@@ -526,11 +526,13 @@ def test_leaves_that_are_not_finite_are_counted_and_some_named(
 # Two processes, each a host of its own; one of them computes otherwise.
 
 
-def test_of_two_processes_the_one_that_computes_otherwise_is_named(run_dir):
+def test_of_two_processes_the_one_that_computes_otherwise_is_named(
+    run_dir, cpu_flags
+):
   with socket.create_server(('', 0)) as server:
     address = f'localhost:{server.getsockname()[1]}'
   environment = os.environ | {
-      'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('count=8', 'count=4'),
+      'XLA_FLAGS': cpu_flags.replace('count=8', 'count=4'),
       'PYTHONPATH': str(ROOT),
   }
   with contextlib.ExitStack() as stack:

@@ -1,6 +1,11 @@
 """A model and batches so small that a step takes milliseconds."""
 
+import functools
+
+import flax.linen as nn
+import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from codet5p_jax.models.codegen import CodeGenConfig
@@ -112,3 +117,24 @@ def batch(config: StepConfig, seed: int, objective=PAIRS):
 
 def to_numpy(tree):
   return jax.tree.map(np.asarray, tree)
+
+
+@functools.cache
+def _drawn(model, seed):
+  """Initial parameters by path."""
+  made = model.make_model(Computation(dtype='float32'))
+  params = jax.jit(lambda key: nn.unbox(made.init_params(key)))(
+      jax.random.key(seed)
+  )
+  return flax.traverse_util.flatten_dict(to_numpy(params), sep='/')
+
+
+def initial_state(train_step):
+  """As `train_step.init()`, but that parameters are drawn once for all steps.
+
+  Compiling what draws them takes as long as compiling a step.
+  """
+  if train_step.config.frozen_dtype != 'float32':
+    return train_step.init()
+  given = _drawn(train_step.config.model, train_step.config.seed)
+  return train_step.init({k: jnp.asarray(leaf) for k, leaf in given.items()})

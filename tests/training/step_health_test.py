@@ -194,7 +194,7 @@ def start(config, mesh_shape=(1, 1, 1)):
   count = math.prod(mesh_shape)
   mesh = make_mesh(mesh_shape, jax.devices()[:count])
   train_step = cached_train_step(config, mesh)
-  return train_step, train_step.init()
+  return train_step, small.initial_state(train_step)
 
 
 def make_steps(train_step, state, batches):
@@ -239,12 +239,16 @@ REMEMBERING = Remembering(
     **{f.name: getattr(small.PAIRS, f.name)
        for f in dataclasses.fields(small.PAIRS)}
 )  # fmt: skip
+# Two configurations for all tests: compiling takes most of their time.
+CONFIG = small.step_config(ADAMW, objectives=(REMEMBERING,))
+STRICT = small.step_config(
+    ADAMW, bad_steps=BadSteps(spike_after=2, spike_deviations=1.5)
+)
 
 
 def test_a_poisoned_batch_changes_nothing_but_the_counts():
-  config = small.step_config(ADAMW, objectives=(REMEMBERING,))
-  train_step, state = start(config)
-  batches = [small.batch(config, seed) for seed in range(3)]
+  train_step, state = start(CONFIG)
+  batches = [small.batch(CONFIG, seed) for seed in range(3)]
   before, _ = make_steps(train_step, state, batches[:1])
   given = jax.device_put(before, jax.tree.map(
       lambda x: x.sharding, train_step.abstract_state))
@@ -262,13 +266,14 @@ def test_a_poisoned_batch_changes_nothing_but_the_counts():
 
 def test_a_run_goes_on_as_if_a_bad_step_had_not_been():
   """The optimizer's counts stand still too, so its schedule does."""
-  config = small.step_config(ADAMW)
-  batches = [small.batch(config, seed) for seed in range(3)]
-  train_step, state = start(config)
+  batches = [small.batch(CONFIG, seed) for seed in range(3)]
+  train_step, state = start(CONFIG)
   plain, _ = make_steps(train_step, state, batches)
   bad = [poisoned(batches[0]), poisoned(batches[0], math.inf)]
   with_bad, history = make_steps(
-      train_step, train_step.init(), [*batches[:1], *bad, *batches[1:]]
+      train_step,
+      small.initial_state(train_step),
+      [*batches[:1], *bad, *batches[1:]],
   )
   assert [m['bad_in_a_row'] for m in history] == [0, 1, 2, 0, 0]
   assert_same_bits(with_bad.replace(step=plain.step), plain)
@@ -276,36 +281,34 @@ def test_a_run_goes_on_as_if_a_bad_step_had_not_been():
 
 
 def test_a_parameter_that_is_no_number_makes_every_step_bad():
-  config = small.step_config(ADAMW)
-  train_step, state = start(config)
+  train_step, state = start(CONFIG)
   flat = flax.traverse_util.flatten_dict(state.params)
   path = next(path for path in flat if path[-1] == 'kernel')
   flat[path] = flat[path].at[(0,) * flat[path].ndim].set(jnp.nan)
   state = state.replace(params=flax.traverse_util.unflatten_dict(flat))
   before = small.to_numpy(state.params)
   after, history = make_steps(
-      train_step, state, [small.batch(config, seed) for seed in range(2)]
+      train_step, state, [small.batch(CONFIG, seed) for seed in range(2)]
   )
   assert [m['bad_steps'] for m in history] == [1, 1]
   assert_same_bits(after.params, before)
 
 
 def test_a_spike_changes_nothing_but_the_counts():
-  config = small.step_config(ADAMW)
-  train_step, state = start(config)
+  train_step, state = start(CONFIG)
   before = small.to_numpy(state.params)
   shardings = jax.tree.map(
       lambda x: x.sharding, train_step.abstract_state.health
   )
   state = state.replace(health=jax.device_put(QUIET, shardings))
-  after, [metrics] = make_steps(train_step, state, [small.batch(config, 0)])
+  after, [metrics] = make_steps(train_step, state, [small.batch(CONFIG, 0)])
   assert_same_bits(after.params, before)
   assert metrics['bad_steps'] == 1
   # The first loss is about that of a blind guess among 131 tokens.
   assert 30 < metrics[f'{NAME}/loss_deviations'] < 50
   assert math.isfinite(metrics[f'{NAME}/loss'])
   # Without the rule it is a step like any other.
-  free = dataclasses.replace(config, bad_steps=BadSteps(spike_deviations=None))
+  free = dataclasses.replace(CONFIG, bad_steps=BadSteps(spike_deviations=None))
   train_step, state = start(free)
   state = state.replace(health=jax.device_put(QUIET, shardings))
   after, [metrics] = make_steps(train_step, state, [small.batch(free, 0)])
@@ -314,16 +317,13 @@ def test_a_spike_changes_nothing_but_the_counts():
 
 
 def test_sharded_and_unsharded_decide_alike():
-  config = small.step_config(
-      ADAMW, bad_steps=BadSteps(spike_after=2, spike_deviations=1.5)
-  )
-  batches = [small.batch(config, seed) for seed in range(5)]
+  batches = [small.batch(STRICT, seed) for seed in range(5)]
   batches[1] = poisoned(batches[1])
   # Another loss than that of the others.
   odd = np.where(batches[3]['decoder_target_tokens'] > 0, 7, 0)
   batches[3] = {**batches[3], 'decoder_target_tokens': odd.astype(np.int32)}
   runs = [
-      make_steps(*start(config, shape), batches)
+      make_steps(*start(STRICT, shape), batches)
       for shape in ((1, 1, 1), (1, 4, 2))
   ]
   decisions = [[m['bad_steps'] for m in history] for _, history in runs]
@@ -334,9 +334,8 @@ def test_sharded_and_unsharded_decide_alike():
 
 
 def test_what_is_remembered_survives_a_checkpoint(tmp_path):
-  config = small.step_config(ADAMW)
-  train_step, state = start(config, (1, 4, 2))
-  batch = small.batch(config, 0)
+  train_step, state = start(STRICT, (1, 4, 2))
+  batch = small.batch(STRICT, 0)
   for given in (batch, poisoned(batch), poisoned(batch)):
     given = jax.device_put({NAME: given}, train_step.batch_sharding)
     state, _ = train_step.step(state, given)
@@ -347,7 +346,7 @@ def test_what_is_remembered_survives_a_checkpoint(tmp_path):
   assert int(restored.health['bad_in_a_row']) == 2
   assert int(restored.health['losses'][NAME]['count']) == 1
   # On another mesh as well, and there the next bad step is the third.
-  train_step, _ = start(config)
+  train_step, _ = start(STRICT)
   with Checkpoints(tmp_path) as saved:
     restored, _, _ = saved.restore(None, train_step.abstract_state)
   _, [metrics] = make_steps(train_step, restored, [poisoned(batch)])

@@ -31,9 +31,12 @@ ADAMW = AdamW(1e-3, warmup_steps=2, decay_steps=10, weight_decay=0.1)
 cached_train_step = functools.cache(make_train_step)
 
 
-def run(config, mesh, batches, given={}):
+def run(config, mesh, batches, given=None):
   train_step = cached_train_step(config, mesh)
-  state = train_step.init(jax.tree.map(jnp.asarray, given))
+  if given is None:
+    state = small.initial_state(train_step)
+  else:
+    state = train_step.init(jax.tree.map(jnp.asarray, given))
   history = []
   for batch in batches:
     batch = {'sequence_to_sequence': batch}
@@ -67,7 +70,7 @@ def test_sharded_step_equals_unsharded(mesh_shape):
   """One SGD step of rate 1 shows the gradient; five show the parameters."""
   config = small.step_config(SGD(1.0))
   batches = [small.batch(config, seed) for seed in range(5)]
-  before = small.to_numpy(cached_train_step(config, one_device()).init().params)
+  before = run(config, one_device(), [])[0].params
   alone, alone_metrics = run(config, one_device(), batches[:1])
   sharded, metrics = run(config, make_mesh(mesh_shape), batches[:1])
 
@@ -91,8 +94,12 @@ def test_sharded_adamw_stays_near_unsharded():
 
 
 def test_parameters_and_slots_are_really_spread():
-  train_step = make_train_step(small.step_config(ADAMW), make_mesh((1, 4, 2)))
+  config = small.step_config(ADAMW)
+  train_step = make_train_step(config, make_mesh((1, 4, 2)))
   state = train_step.init()
+  # What is drawn depends on the seed alone.
+  drawn, _ = run(config, one_device(), [])
+  assert_close(small.to_numpy(state.params), drawn.params, 1e-6)
   kernel = state.params['decoder']['layers']['mlp']['wi']['kernel']
   assert kernel.addressable_shards[0].data.shape == (3, 24 // 4, 40 // 2)
   moments = [
@@ -112,9 +119,9 @@ def test_accumulating_four_microbatches_equals_one_batch():
   parts = dataclasses.replace(whole, num_microbatches=4)
   batch = small.batch(whole, 0)
   cut = jax.tree.map(lambda x: x.reshape(4, 4, *x.shape[2:]), batch)
+  before = run(whole, one_device(), [])[0].params
+  expected, expected_metrics = run(whole, one_device(), [batch])
   mesh = make_mesh((1, 2, 2), jax.devices()[:4])
-  before = small.to_numpy(cached_train_step(whole, mesh).init().params)
-  expected, expected_metrics = run(whole, mesh, [batch])
   actual, metrics = run(parts, mesh, [cut])
 
   def gradient(state):
@@ -125,9 +132,10 @@ def test_accumulating_four_microbatches_equals_one_batch():
 
 
 def test_loss_is_the_mean_over_target_tokens():
-  config = small.step_config(SGD(0.0))
+  config = small.step_config(SGD(1.0))
   batch = small.batch(config, 0)
-  state, [metrics] = run(config, one_device(), [batch])
+  state, _ = run(config, one_device(), [])
+  _, [metrics] = run(config, one_device(), [batch])
   model = config.model.make_model(config.computation)
   params = jax.tree.map(jnp.asarray, state.params)
   hidden = model.apply(
@@ -151,8 +159,7 @@ def test_frozen_parameters_do_not_change_and_cost_nothing():
       ADAMW, trainable=('encoder/.*', '.*/cross_attention/.*')
   )
   mesh = make_mesh((1, 4, 2))
-  train_step = cached_train_step(config, mesh)
-  before = small.to_numpy(train_step.init().frozen_params)
+  before = run(config, mesh, [])[0].frozen_params
   batches = [small.batch(config, seed) for seed in range(20)]
   state, history = run(config, mesh, batches)
   jax.tree.map(np.testing.assert_array_equal, state.frozen_params, before)
@@ -349,7 +356,7 @@ def test_a_batch_without_targets_changes_nothing_and_makes_no_nan():
   config = small.step_config(SGD(1.0))
   batch = small.batch(config, 0)
   batch['decoder_loss_weights'] = np.zeros_like(batch['decoder_loss_weights'])
-  before = small.to_numpy(cached_train_step(config, one_device()).init().params)
+  before = run(config, one_device(), [])[0].params
   state, _ = run(config, one_device(), [batch])
   jax.tree.map(np.testing.assert_array_equal, state.params, before)
 
@@ -386,19 +393,21 @@ def test_a_step_of_two_objectives_averages_over_all_target_tokens():
       'sequence_to_sequence': small.batch(alone, 0),
       'causal_lm': small.batch(alone, 1, small.ROWS),
   }
-  before = small.to_numpy(train_step.init().params)
+  before = small.to_numpy(small.initial_state(train_step).params)
   grads, weights = [], []
   for name, objective in (('sequence_to_sequence', small.PAIRS),
                           ('causal_lm', small.ROWS)):
     single = make_train_step(
         dataclasses.replace(alone, objectives=(objective,)), mesh
     )
-    state, metrics = single.step(single.init(), {name: batches[name]})
+    state, metrics = single.step(
+        small.initial_state(single), {name: batches[name]}
+    )
     weights.append(float(metrics[f'{name}/loss'][1]))
     grads.append(
         jax.tree.map(np.subtract, before, small.to_numpy(state.params))
     )
-  state, _ = train_step.step(train_step.init(), batches)
+  state, _ = train_step.step(small.initial_state(train_step), batches)
   expected = jax.tree.map(
       lambda a, b: (a * weights[0] + b * weights[1]) / sum(weights), *grads
   )
