@@ -146,7 +146,7 @@ def test_what_is_stored_has_the_names_that_are_told(stack, names):
       assert 'data' not in jax.tree.leaves(tuple(spec))
 
 
-LENGTH, BATCH = 64, 16
+LENGTH, BATCH, STEPS = 64, 16, 150
 # Tokens are the bytes of our own source; CodeGen looks at no source.
 CONFIG = StepConfig(
     model=CodeGenConfig(
@@ -160,7 +160,7 @@ CONFIG = StepConfig(
         decoder_start_id=0,
     ),
     objectives=(CausalLM(target_length=LENGTH),),
-    optimizer=AdamW(1e-2, 20, 300, 0.1),
+    optimizer=AdamW(1e-2, 20, STEPS, 0.1),
     batch_size=BATCH,
     computation=Computation(dtype='float32'),
     mesh_shape=(1, 1, 1),
@@ -192,7 +192,7 @@ def test_int8_moves_the_loss_of_a_trained_decoder_by_half_a_percent_at_most():
   train_step = make_train_step(CONFIG, mesh)
   state = train_step.init()
   numbers = np.random.default_rng(0)
-  for _ in range(300):
+  for _ in range(STEPS):
     chosen = rows[numbers.integers(256, len(rows), BATCH)]
     batch = jax.tree.map(lambda x: x[None], batch_of(chosen))
     state, _ = train_step.step(state, {'causal_lm': batch})
