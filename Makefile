@@ -107,7 +107,7 @@ COMPOSITE_PEAKS := \
   v5e:2x4,deep_16b,16,bfloat16,6.1 \
   v6e:1x1,deep_16b,2,int8,24.0 \
   v5e:1x1,deep_6b,4,int8,13.9
-STAGE_2_PEAKS := v5e:2x4,7.2 v5e:16x16,1.2
+STAGE_2_PEAKS := v5e:2x4,7.4 v5e:16x16,1.2
 GENERATION_PEAKS := \
   v5e:2x4,deep_2b,32,4.4 \
   v5e:2x4,deep_6b,32,7.0 \
