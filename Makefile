@@ -162,7 +162,7 @@ install: .venv/installed-$(VERSION)
 	# pip keeps one core busy. Another compiles, by importing them, the modules
 	# that every worker of the tests would.
 	.venv/bin/python -c 'import codet5p_jax.seqio_tasks, \
-	  codet5p_jax.runs.train, matplotlib.pyplot' 2> /dev/null & \
+	  codet5p_jax.runs.train, matplotlib.figure, matplotlib.image' 2> /dev/null & \
 	$(PIP) --editable '.[test]'; status=$$?; wait; exit $$status
 	# The parity tests compare with PyTorch. Its ordinary Linux wheel brings
 	# gigabytes of CUDA, so only a CPU wheel is taken; without it they skip.

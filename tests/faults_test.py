@@ -1,6 +1,7 @@
 """Faults of users and of disks, as the command line answers them.
 
-Each is one clear line and status 2, and leaves what was there as it was.
+Each is one clear line and status 2, and leaves what was there as it was. Runs
+that are damaged or unfinished serve as far as they can.
 """
 
 import errno

@@ -111,10 +111,13 @@ def test_networks_and_training_import_nothing_heavy():
 
 
 def test_a_file_of_events_imports_nothing_heavy(tmp_path):
+  (tmp_path / 'torch.py').touch()  # Whether it is installed or not.
   imported = imported_by(
-      'import pathlib\n'
+      'import importlib.util, pathlib\n'
+      f'sys.path.insert(0, {str(tmp_path)!r})\n'
       'from codet5p_jax.training.event_file import EventFile\n'
-      f'EventFile(pathlib.Path({str(tmp_path)!r}), 0).close()'
+      f'EventFile(pathlib.Path({str(tmp_path)!r}), 0).close()\n'
+      'assert importlib.util.find_spec("torch")'
   )
   assert 'tensorboardX' in imported
   assert not imported & set(HEAVY)

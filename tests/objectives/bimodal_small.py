@@ -1,6 +1,5 @@
 """A model of text and code, and batches, so small that steps are quick."""
 
-import functools
 import types
 
 import jax
@@ -11,7 +10,7 @@ from codet5p_jax.models.computation import Computation
 from codet5p_jax.objectives.bimodal import Bimodal
 from codet5p_jax.sharding import make_mesh
 from codet5p_jax.training.optimizers import SGD
-from codet5p_jax.training.train_step import StepConfig, make_train_step
+from codet5p_jax.training.train_step import StepConfig
 
 # All sizes differ; heads and batch divide by 8.
 MODEL = BimodalConfig(
@@ -52,9 +51,6 @@ def config(objective=OBJECTIVE, **changes):
       **changes,
   }
   return StepConfig(**fields)
-
-
-cached_step = functools.cache(make_train_step)
 
 
 def one_device():

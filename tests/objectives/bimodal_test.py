@@ -14,13 +14,13 @@ from codet5p_jax.sharding import make_mesh
 from codet5p_jax.training.checkpoints.layout import unstack_layers
 from codet5p_jax.training.checkpoints.save import Checkpoints
 from codet5p_jax.training.train_step import make_train_step
+from tests.compiled import cached_train_step
 from tests.objectives.bimodal_small import (
     MODEL,
     OBJECTIVE,
     ROWS,
     SLOTS,
     batch,
-    cached_step,
     config,
     key_of,
     one_device,
@@ -36,7 +36,7 @@ def test_steps_are_those_of_the_twin(share, number):
   """The queue of 3 batches goes round six times; all negatives are mined."""
   objective = dataclasses.replace(OBJECTIVE, soft_target_share=share)
   step_config = config(objective)
-  step = cached_step(step_config, one_device())
+  step = cached_train_step(step_config, one_device())
   state = initial_state(step)
   params = to_numpy(state.params)
   twin = Twin(objective, step.model, params, ROWS)
@@ -93,14 +93,21 @@ def test_eight_devices_train_as_one():
   alone, spread = (
       list(steps(step, initial_state(step), batches))
       for step in (
-          cached_step(step_config, one_device()),
-          cached_step(step_config, make_mesh((2, 2, 2))),
+          cached_train_step(step_config, one_device()),
+          cached_train_step(step_config, make_mesh((2, 2, 2))),
       )
   )
   for (metrics, _), (expected, _) in zip(spread, alone, strict=True):
     assert metrics == pytest.approx(expected, rel=1e-5, abs=1e-6)
   found, expected = (to_numpy(history[-1][1]) for history in (spread, alone))
   assert_close(found.params, expected.params, 1e-5)
+  # What the steps changed, of which rounding is a larger part.
+  before = to_numpy(initial_state(cached_train_step(step_config, one_device())))
+  moved = [
+      jax.tree.map(np.subtract, state.params, before.params)
+      for state in (found, expected)
+  ]
+  assert_close(*moved, 1e-3)
   assert_close(found.objective_state, expected.objective_state, 1e-5)
   for name in ('text_tokens', 'code_tokens'):
     np.testing.assert_array_equal(
@@ -110,7 +117,7 @@ def test_eight_devices_train_as_one():
 
 
 def test_the_queue_and_the_slow_encoder_are_really_spread():
-  step = cached_step(config(), make_mesh((1, 4, 2)))
+  step = cached_train_step(config(), make_mesh((1, 4, 2)))
   state = step.abstract_state.objective_state['bimodal']
   queue = state['queue']['code_tokens']
   assert (queue.shape, queue.dtype) == ((SLOTS, ROWS, 11), jnp.uint16)
@@ -122,7 +129,7 @@ def test_the_queue_and_the_slow_encoder_are_really_spread():
 @pytest.fixture(scope='module')
 def trained():
   """A step's network, and what four steps made."""
-  step = cached_step(config(), one_device())
+  step = cached_train_step(config(), one_device())
   batches = [batch(seed) for seed in range(5)]
   *_, (_, state) = steps(step, initial_state(step), batches[:4])
   return step.model, to_numpy(state), batches[4]
@@ -420,7 +427,7 @@ def test_dropout_is_drawn_anew_for_every_use_of_the_network(trained):
 def test_a_run_that_was_stopped_keeps_queue_and_slow_encoder(tmp_path):
   """Bit by bit on as many devices; the same queue on fewer, and unrolled."""
   step_config = config()
-  step = cached_step(step_config, make_mesh((2, 2, 2)))
+  step = cached_train_step(step_config, make_mesh((2, 2, 2)))
   batches = [batch(seed) for seed in range(5)]
   *_, (_, state) = steps(step, initial_state(step), batches[:3])
   held = to_numpy(state.objective_state)

@@ -368,15 +368,13 @@ def test_an_encoder_alone_needs_no_task_tokens(config, small_corpus):
     )
 
 
-@pytest.mark.parametrize(
-    ('mesh_shape', 'lost'), [((1, 4, 2), (6, 7)), ((1, 1, 1), (7,))]
-)
+@pytest.mark.parametrize('mesh_shape', [(1, 4, 2), (1, 1, 1)])
 def test_a_run_goes_on_on_another_mesh(
-    config, small_corpus, undisturbed, tmp_path, mesh_shape, lost, monkeypatch
+    config, small_corpus, undisturbed, tmp_path, mesh_shape, monkeypatch
 ):
   run_dir = tmp_path / 'run'
   shutil.copytree(undisturbed, run_dir)
-  for step in lost:
+  for step in (6, 7):
     shutil.rmtree(run_dir / 'checkpoints' / str(step))
   shutil.rmtree(run_dir / 'model')
   other = dataclasses.replace(config, mesh_shape=mesh_shape)

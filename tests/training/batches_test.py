@@ -1,6 +1,5 @@
 import collections
 import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -26,7 +25,8 @@ from codet5p_jax.training.batches import (
     unpadded_example,
 )
 from codet5p_jax.training.optimizers import SGD
-from codet5p_jax.training.train_step import make_train_step, microbatch_counts
+from codet5p_jax.training.train_step import microbatch_counts
+from tests.compiled import cached_train_step
 from tests.objectives.causal_lm_test import FRAMED, UNFRAMED, Bytes
 from tests.training import small
 
@@ -34,8 +34,6 @@ ROWS = 40  # No multiple of the batch size, 16.
 CONFIG = small.step_config(SGD(1.0))
 NAME = small.PAIRS.name
 VOCABULARY = 'a vocabulary'
-
-cached_train_step = functools.cache(make_train_step)
 
 
 def dataset(rows=ROWS, seen=None):

@@ -134,7 +134,9 @@ def initial_state(train_step):
 
   Compiling what draws them takes as long as compiling a step.
   """
-  if train_step.config.frozen_dtype != 'float32':
+  frozen = jax.tree.leaves(train_step.abstract_state.frozen_params)
+  if any(leaf.dtype != jnp.float32 for leaf in frozen):
     return train_step.init()
   given = _drawn(train_step.config.model, train_step.config.seed)
-  return train_step.init({k: jnp.asarray(leaf) for k, leaf in given.items()})
+  # Copies, as they are consumed.
+  return train_step.init({k: jnp.array(leaf) for k, leaf in given.items()})

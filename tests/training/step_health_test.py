@@ -22,7 +22,7 @@ from codet5p_jax.training.step_health import (
     judge_step,
     save_batch,
 )
-from codet5p_jax.training.train_step import make_train_step
+from tests.compiled import cached_train_step
 from tests.training import small
 
 ADAMW = AdamW(1e-3, warmup_steps=2, decay_steps=10, weight_decay=0.1)
@@ -38,8 +38,6 @@ QUIET = {
         }
     },
 }
-
-cached_train_step = functools.cache(make_train_step)
 
 
 # The rule.
@@ -239,7 +237,7 @@ REMEMBERING = Remembering(
     **{f.name: getattr(small.PAIRS, f.name)
        for f in dataclasses.fields(small.PAIRS)}
 )  # fmt: skip
-# Two configurations for all tests: compiling takes most of their time.
+# Two configurations for most tests: compiling takes most of their time.
 CONFIG = small.step_config(ADAMW, objectives=(REMEMBERING,))
 STRICT = small.step_config(
     ADAMW, bad_steps=BadSteps(spike_after=2, spike_deviations=1.5)
