@@ -1,7 +1,6 @@
 """Faults of users and of disks, as the command line answers them.
 
-Each is one clear line and status 2, and leaves what was there as it was. Runs
-that are damaged or unfinished serve as far as they can.
+Each is one clear line and status 2, and leaves what was there as it was.
 """
 
 import errno
@@ -333,20 +332,6 @@ def warnings_of(caplog) -> list[str]:
       record.message for record in caplog.records
       if record.name.startswith('codet5p_jax') and record.levelname == 'WARNING'
   ]
-
-
-def test_an_unfinished_run_serves_by_its_newest_checkpoint(trained, run_dir):
-  shutil.rmtree(run_dir / 'model')
-  load = trained_model.load_trained_model
-  finished, unfinished = load(str(trained)), load(str(run_dir))
-  assert unfinished.step == 3
-  # Of rows that only pad the table, weights hold nothing.
-  size = SIZES['vocab_size']
-  jax.tree.map(
-      lambda x, y: np.testing.assert_array_equal(x[:size], y[:size]),
-      unfinished.params,
-      finished.params,
-  )
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_never_starts_anew(

@@ -17,9 +17,9 @@ from tests.objectives.bimodal_small import (
     VOCABULARY,
     batch,
     config,
-    one_device,
     steps,
 )
+from tests.training.small import one_device
 
 
 @pytest.mark.parametrize(('changes', 'message'), [

@@ -8,7 +8,6 @@ import numpy as np
 from codet5p_jax.models.bimodal import BimodalConfig
 from codet5p_jax.models.computation import Computation
 from codet5p_jax.objectives.bimodal import Bimodal
-from codet5p_jax.sharding import make_mesh
 from codet5p_jax.training.optimizers import SGD
 from codet5p_jax.training.train_step import StepConfig
 
@@ -51,10 +50,6 @@ def config(objective=OBJECTIVE, **changes):
       **changes,
   }
   return StepConfig(**fields)
-
-
-def one_device():
-  return make_mesh((1, 1, 1), jax.devices()[:1])
 
 
 def pool(seed, number, of=40):

@@ -23,12 +23,11 @@ from tests.objectives.bimodal_small import (
     batch,
     config,
     key_of,
-    one_device,
     steps,
     to_numpy,
 )
 from tests.objectives.bimodal_twin import Twin
-from tests.training.small import initial_state
+from tests.training.small import assert_close, initial_state, one_device
 
 
 @pytest.mark.parametrize(('share', 'number'), [(0.0, 20), (0.4, 5)])
@@ -73,17 +72,6 @@ def test_steps_are_those_of_the_twin(share, number):
       assert queue['identities'].tolist() == [
           list(pair[place]) for pair in kept['identities']
       ]
-
-
-def assert_close(found, expected, tolerance):
-  """Relative to each leaf's largest entry."""
-
-  def compare(path, x, y):
-    scale = max(np.abs(y).max(), 1e-30)
-    worst = np.abs(np.float64(x) - np.float64(y)).max() / scale
-    assert worst <= tolerance, f'{jax.tree_util.keystr(path)}: {worst}'
-
-  jax.tree_util.tree_map_with_path(compare, found, expected)
 
 
 def test_eight_devices_train_as_one():

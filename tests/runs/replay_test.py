@@ -263,6 +263,20 @@ def test_the_state_before_a_step_is_that_of_the_run(
   assert digests[4] != digests[6]
 
 
+def test_an_unfinished_run_serves_by_its_newest_checkpoint(run_dir, tmp_path):
+  folder = shutil.copytree(run_dir, tmp_path / 'run')
+  shutil.rmtree(folder / 'model')
+  finished, unfinished = (load_trained_model(str(x)) for x in (run_dir, folder))
+  assert unfinished.step == STEPS
+  # Of rows that only pad the table, weights hold nothing.
+  size = finished.vocabulary.vocab_size
+  jax.tree.map(
+      lambda x, y: np.testing.assert_array_equal(x[:size], y[:size]),
+      unfinished.params,
+      finished.params,
+  )
+
+
 def delete_half(step_dir):
   """As a process leaves it that is killed while it deletes."""
   for name in ('checksums.json', 'metadata', 'optimizer'):

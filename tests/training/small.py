@@ -16,6 +16,7 @@ from codet5p_jax.models.shallow_encoder_deep_decoder import (
 from codet5p_jax.models.t5 import T5Config
 from codet5p_jax.objectives.causal_lm import CausalLM
 from codet5p_jax.objectives.sequence_to_sequence import SequenceToSequence
+from codet5p_jax.sharding import make_mesh
 from codet5p_jax.training.train_step import StepConfig
 
 # Heads and batch divide by 8; no two axes have the same size.
@@ -115,6 +116,10 @@ def batch(config: StepConfig, seed: int, objective=PAIRS):
   }
 
 
+def one_device():
+  return make_mesh((1, 1, 1), jax.devices()[:1])
+
+
 def to_numpy(tree):
   return jax.tree.map(np.asarray, tree)
 
@@ -140,3 +145,14 @@ def initial_state(train_step):
   given = _drawn(train_step.config.model, train_step.config.seed)
   # Copies, as they are consumed.
   return train_step.init({k: jnp.array(leaf) for k, leaf in given.items()})
+
+
+def assert_close(found, expected, tolerance):
+  """Relative to each leaf's largest entry."""
+
+  def compare(path, x, y):
+    scale = max(np.abs(y).max(), 1e-30)
+    worst = np.abs(np.float64(x) - np.float64(y)).max() / scale
+    assert worst <= tolerance, f'{jax.tree_util.keystr(path)}: {worst}'
+
+  jax.tree_util.tree_map_with_path(compare, found, expected)

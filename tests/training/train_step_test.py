@@ -23,6 +23,7 @@ from codet5p_jax.training.train_step import (
 )
 from tests.compiled import cached_train_step
 from tests.training import small
+from tests.training.small import assert_close, one_device
 
 ADAMW = AdamW(1e-3, warmup_steps=2, decay_steps=10, weight_decay=0.1)
 
@@ -44,21 +45,6 @@ def run(config, mesh, batches, given=None):
 
 def paths_of(tree):
   return set(flax.traverse_util.flatten_dict(tree, sep='/'))
-
-
-def one_device():
-  return make_mesh((1, 1, 1), jax.devices()[:1])
-
-
-def assert_close(actual, expected, tolerance):
-  """Relative to each leaf's largest entry."""
-
-  def compare(path, a, b):
-    scale = max(np.abs(b).max(), 1e-30)
-    worst = np.abs(a - b).max() / scale
-    assert worst <= tolerance, f'{jax.tree_util.keystr(path)}: {worst}'
-
-  jax.tree_util.tree_map_with_path(compare, actual, expected)
 
 
 @pytest.mark.parametrize('mesh_shape', [(1, 8, 1), (1, 4, 2), (2, 2, 2)])
